@@ -1,0 +1,89 @@
+# Every recipe does the set-up that it needs, and says so. Start with: just demo
+
+set shell := ["bash", "-euo", "pipefail", "-c"]
+set positional-arguments
+
+model := "server/models/nano-llava"
+
+# List the recipes
+default:
+    @just --list --unsorted
+
+# Start a small federation on this machine; join it from browser tabs at the address it prints
+[no-exit-message]
+demo *ARGS: web build
+    @cargo run --release -q -p fednano-server -- demo --model {{ model }} --www www "$@"
+
+# The demo with three headless Chromium tabs as its participants
+[no-exit-message]
+demo-headless *ARGS: (_tools "browser") web build
+    @cargo run --release -q -p fednano-server -- demo --headless 3 --model {{ model }} --www www "$@"
+
+# Run every test; ARGS go to the runner, e.g. a part of a test's name
+[no-exit-message]
+test *ARGS: setup
+    @if command -v cargo-nextest >/dev/null; then \
+        cargo nextest run --release --workspace "$@"; \
+    else \
+        cargo test --release --workspace --lib --bins --tests --no-fail-fast "$@"; \
+    fi
+
+# Check formatting and clippy, natively and for the browser client
+lint: (_tools "lint")
+    cargo fmt --all --check
+    cargo clippy --release --workspace --all-targets -- -D warnings
+    bash .ci/build-web.sh clippy
+
+# Install whatever is missing for the demo and the tests, and build the page's wasm
+setup: (_tools "web" "browser" "vulkan") web
+
+# Build the browser client into www/pkg
+web:
+    @bash .ci/build-web.sh
+
+# Build the server binary
+build:
+    cargo build --release -p fednano-server
+
+# Train nano-llava anew, the demo's model
+pretrain *ARGS:
+    cargo run --release -p fednano-server -- pretrain "$@"
+
+# Run a federation in one process, without browsers
+simulate *ARGS:
+    cargo run --release -p fednano-server -- simulate "$@"
+
+# Fetch the easy-VQA data set (MIT licence) into data/easy-vqa
+easy-vqa:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    if [ -e data/easy-vqa ]; then echo "data/easy-vqa is there already"; exit; fi
+    python3 -m pip --version >/dev/null 2>&1 || {
+        echo "easy-VQA comes as a Python package: install python3 and pip (Debian, Ubuntu: python3-pip)" >&2
+        exit 1
+    }
+    mkdir -p data
+    work="$(mktemp -d data/.easy-vqa.XXXXXX)"
+    trap 'rm -rf "$work"' EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
+    echo "fetching easy-VQA's Python package, for the data in it"
+    python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest "$work" easy-vqa
+    python3 -m zipfile -e "$work"/*.whl "$work/wheel"
+    found="$(find "$work/wheel" -path '*/train/questions.json' | head -n 1)"
+    from="${found%/train/questions.json}"
+    for part in train test; do
+        if [ -z "$found" ] || [ ! -f "$from/$part/questions.json" ] || [ ! -d "$from/$part/images" ]; then
+            echo "the package does not hold $part/questions.json and $part/images as expected" >&2
+            exit 1
+        fi
+    done
+    mv "$from" data/easy-vqa
+    echo "data/easy-vqa is ready"
+
+# Remove www/pkg and the tools that the set-up built (system packages stay)
+clean-setup: (_tools "clean")
+    rm -rf "${CARGO_TARGET_DIR:-target}/wasm-web"
+
+_tools *PARTS:
+    @bash .ci/setup.sh "$@"

@@ -1,0 +1,3 @@
+//! One thin file for each subcommand.
+
+pub mod pretrain;

@@ -1,0 +1,61 @@
+//! `fednano pretrain`: make nano-llava from a seed.
+
+use crate::device::DeviceChoice;
+use crate::pretrain::run::{Schedule, run};
+use std::path::PathBuf;
+
+/// Make the demo model nano-llava from a seed, on generated scenes.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Model directory to write.
+    #[arg(long, default_value = "server/models/nano-llava")]
+    out: PathBuf,
+    /// Seed of start values and corpus.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Where to train.
+    #[arg(long, value_enum, default_value = "cpu")]
+    device: DeviceChoice,
+    /// Steps of the vision tower alone.
+    #[arg(long, default_value_t = 1200)]
+    eyes_steps: u64,
+    /// Steps of projector and token table alone.
+    #[arg(long, default_value_t = 150)]
+    align_steps: u64,
+    /// Joint steps.
+    #[arg(long, default_value_t = 4000)]
+    joint_steps: u64,
+    /// Pictures a joint step.
+    #[arg(long, default_value_t = 12)]
+    pictures: usize,
+    /// Decoder layers.
+    #[arg(long, default_value_t = 4)]
+    layers: usize,
+    /// Forget an unfinished run.
+    #[arg(long)]
+    restart: bool,
+}
+
+/// Run it.
+///
+/// # Errors
+/// See [`run`].
+pub fn main(args: &Args) -> anyhow::Result<()> {
+    let (device, name) = args.device.open()?;
+    println!("pretraining on {name} into {}", args.out.display());
+    let schedule = Schedule {
+        seed: args.seed,
+        eyes_steps: args.eyes_steps,
+        align_steps: args.align_steps,
+        joint_steps: args.joint_steps,
+        eyes_pictures: 32,
+        joint_pictures: args.pictures,
+        eyes_rate: 1.5e-3,
+        align_rate: 3e-3,
+        joint_rate: 1e-3,
+        text_layers: args.layers,
+    };
+    let seconds = run(schedule, &args.out, &device, args.restart)?;
+    println!("trained for {seconds:.0} s");
+    Ok(())
+}

@@ -1,0 +1,168 @@
+//! Questions and answers to token ids, with the picture's place held by image tokens.
+
+use crate::config::ModelConfig;
+use tokenizers::Tokenizer;
+
+/// The prompt of LLaVA-1.5; `{question}` is replaced, `<image>` becomes the image tokens.
+pub const LLAVA_PROMPT: &str = "USER: <image>\n{question} ASSISTANT:";
+
+/// Why text cannot be encoded.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TextError {
+    /// tokenizer.json or its companions.
+    #[error("{file} cannot be used: {cause}")]
+    File {
+        /// Which file.
+        file: &'static str,
+        /// What is wrong.
+        cause: String,
+    },
+    /// No question.
+    #[error("a sample has no question; every sample needs a picture, a question and an answer")]
+    NoQuestion,
+    /// No answer.
+    #[error("the question '{0}' has no answer; every training sample needs one")]
+    NoAnswer(String),
+    /// Longer than the model's positions.
+    #[error("the question '{question}' takes {tokens} tokens with its picture, the model has {limit} positions; shorten it")]
+    TooLong {
+        /// Its text.
+        question: String,
+        /// Length found.
+        tokens: usize,
+        /// Length allowed.
+        limit: usize,
+    },
+    /// The tokenizer refused.
+    #[error("'{text}' cannot be tokenized: {cause}")]
+    Tokenize {
+        /// The text.
+        text: String,
+        /// The tokenizer's words.
+        cause: String,
+    },
+}
+
+/// A tokenized sample.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Encoded {
+    /// `<s>` prompt (image tokens in place) answer `</s>`; without answer the prompt alone.
+    pub ids: Vec<u32>,
+    /// Index of the first image token.
+    pub image_start: usize,
+    /// Ids that belong to the prompt.
+    pub prompt_length: usize,
+}
+
+/// Tokenizer and prompt of a model.
+#[derive(Clone)]
+pub struct TextCodec {
+    tokenizer: Tokenizer,
+    prompt: String,
+    image_token: u32,
+    image_tokens: usize,
+    max_positions: usize,
+    eos: u32,
+}
+
+impl TextCodec {
+    /// From the files of a model directory; `generation_config` and `processor_config` may be absent.
+    /// `processor_config.json` may carry the prompt under `fednano_prompt`.
+    ///
+    /// # Errors
+    /// [`TextError::File`] names the file and the fault.
+    pub fn new(
+        config: &ModelConfig,
+        tokenizer: &[u8],
+        generation_config: Option<&[u8]>,
+        processor_config: Option<&[u8]>,
+    ) -> Result<Self, TextError> {
+        let fault = |file: &'static str| move |cause: String| TextError::File { file, cause };
+        let tokenizer = Tokenizer::from_bytes(tokenizer).map_err(|e| fault("tokenizer.json")(e.to_string()))?;
+        let json = |bytes: Option<&[u8]>, file: &'static str| match bytes {
+            None => Ok(serde_json::Value::Null),
+            Some(b) => serde_json::from_slice(b).map_err(|e| fault(file)(e.to_string())),
+        };
+        let generation = json(generation_config, "generation_config.json")?;
+        let processor = json(processor_config, "processor_config.json")?;
+        let eos = &generation["eos_token_id"];
+        let eos = eos.as_u64().or_else(|| eos[0].as_u64()).map(|n| n as u32);
+        let eos = eos.or_else(|| tokenizer.token_to_id("</s>"));
+        let eos = eos.ok_or_else(|| fault("generation_config.json")("no eos_token_id, and no </s> in tokenizer.json".into()))?;
+        if tokenizer.token_to_id("<image>").is_none_or(|id| id != config.image_token) {
+            return Err(fault("tokenizer.json")(format!("<image> must be token {}, the image_token_index of config.json", config.image_token)));
+        }
+        let prompt = processor["fednano_prompt"].as_str().unwrap_or(LLAVA_PROMPT).to_owned();
+        if prompt.matches("<image>").count() != 1 || prompt.matches("{question}").count() != 1 {
+            return Err(fault("processor_config.json")("fednano_prompt needs <image> and {question} once each".into()));
+        }
+        Ok(Self {
+            tokenizer,
+            prompt,
+            image_token: config.image_token,
+            image_tokens: config.image_tokens(),
+            max_positions: config.text.max_positions,
+            eos,
+        })
+    }
+
+    /// The id that ends an answer.
+    pub fn eos(&self) -> u32 {
+        self.eos
+    }
+
+    /// Encode a question, and an answer to learn from if there is one.
+    ///
+    /// # Errors
+    /// [`TextError`] for empty or overlong text.
+    pub fn encode(&self, question: &str, answer: Option<&str>) -> Result<Encoded, TextError> {
+        let question = question.trim();
+        if question.is_empty() {
+            return Err(TextError::NoQuestion);
+        }
+        // A picture's place cannot be written by the question itself.
+        let question = question.replace("<image>", " ");
+        let prompt = self.ids(&self.prompt.replace("{question}", &question), true)?;
+        let mut ids = Vec::with_capacity(prompt.len() + self.image_tokens);
+        let mut image_start = 0;
+        for id in prompt {
+            if id == self.image_token {
+                image_start = ids.len();
+                ids.extend(std::iter::repeat_n(id, self.image_tokens));
+            } else {
+                ids.push(id);
+            }
+        }
+        let prompt_length = ids.len();
+        if let Some(answer) = answer {
+            let answer = answer.trim();
+            if answer.is_empty() {
+                return Err(TextError::NoAnswer(question));
+            }
+            ids.extend(self.ids(&answer.replace("<image>", " "), false)?);
+            ids.push(self.eos);
+        }
+        if ids.len() > self.max_positions {
+            return Err(TextError::TooLong { question, tokens: ids.len(), limit: self.max_positions });
+        }
+        Ok(Encoded { ids, image_start, prompt_length })
+    }
+
+    /// Ids of a bare text; `special` lets the post-processor add `<s>`.
+    ///
+    /// # Errors
+    /// [`TextError::Tokenize`].
+    pub fn ids(&self, text: &str, special: bool) -> Result<Vec<u32>, TextError> {
+        self.tokenizer
+            .encode(text, special)
+            .map(|e| e.get_ids().to_vec())
+            .map_err(|e| TextError::Tokenize { text: text.to_owned(), cause: e.to_string() })
+    }
+
+    /// Text of ids, special tokens left out.
+    pub fn decode(&self, ids: &[u32]) -> String {
+        // Ids beyond the tokenizer (a table may have spare rows) decode to nothing.
+        let known: Vec<u32> = ids.iter().copied().filter(|id| self.tokenizer.id_to_token(*id).is_some()).collect();
+        self.tokenizer.decode(&known, true).unwrap_or_default().trim().to_owned()
+    }
+}

@@ -1,0 +1,234 @@
+//! Llama decoder that starts from embeddings (the boundary) and ends at logits. Field names are Hugging Face's.
+
+use super::{activate, attend, split_heads};
+use crate::config::{Activation, TextConfig};
+use burn::module::{Module, Param};
+use burn::nn::{Linear, LinearConfig};
+use burn::tensor::{Device, Tensor, TensorData};
+
+/// The frozen language model without its token table.
+#[derive(Module, Debug)]
+pub struct Llama {
+    /// Decoder layers.
+    pub layers: Vec<DecoderLayer>,
+    /// Final norm.
+    pub norm: RmsNorm,
+    /// `[D, V]`; a copy of the token table when the checkpoint ties them.
+    pub lm_head: Linear,
+    #[module(skip)]
+    head_dim: usize,
+    #[module(skip)]
+    rope_theta: f64,
+}
+
+/// `h += attn(norm h); h += mlp(norm h)`
+#[derive(Module, Debug)]
+pub struct DecoderLayer {
+    /// Attention.
+    pub self_attn: Attention,
+    /// Gated MLP.
+    pub mlp: Mlp,
+    /// Norm before attention.
+    pub input_layernorm: RmsNorm,
+    /// Norm before the MLP.
+    pub post_attention_layernorm: RmsNorm,
+}
+
+/// Grouped-query attention without biases.
+#[derive(Module, Debug)]
+pub struct Attention {
+    /// `[D, H*E]`
+    pub q_proj: Linear,
+    /// `[D, KV*E]`
+    pub k_proj: Linear,
+    /// `[D, KV*E]`
+    pub v_proj: Linear,
+    /// `[H*E, D]`
+    pub o_proj: Linear,
+    #[module(skip)]
+    heads: usize,
+    #[module(skip)]
+    kv_heads: usize,
+}
+
+/// `down(act(gate x) * up x)`
+#[derive(Module, Debug)]
+pub struct Mlp {
+    /// `[D, intermediate]`
+    pub gate_proj: Linear,
+    /// `[D, intermediate]`
+    pub up_proj: Linear,
+    /// `[intermediate, D]`
+    pub down_proj: Linear,
+    #[module(skip)]
+    activation: Activation,
+}
+
+/// `w * x / sqrt(mean(x^2) + eps)`, Zhang and Sennrich 2019 (arXiv 1910.07467).
+#[derive(Module, Debug)]
+pub struct RmsNorm {
+    /// `[D]`
+    pub weight: Param<Tensor<1>>,
+    #[module(skip)]
+    eps: f64,
+}
+
+/// Which positions see which, and at what rotary angle.
+#[derive(Debug, Clone)]
+pub struct AttentionLayout {
+    cos: Tensor<4>,  // [B or 1, 1, S, E/2]
+    sin: Tensor<4>,  // [B or 1, 1, S, E/2]
+    bias: Tensor<4>, // [B or 1, 1, S, S], 0 where allowed
+}
+
+/// Added to forbidden scores: exp of it is 0 in f32 and it is finite in f16.
+const FORBIDDEN: f32 = -30000.0;
+
+impl RmsNorm {
+    fn init(width: usize, eps: f64, device: &Device) -> Self {
+        Self { weight: Param::from_tensor(Tensor::ones([width], device)), eps }
+    }
+
+    /// # Shapes
+    /// - input and output: `[B, S, D]`
+    pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+        let scale = (x.clone().powi_scalar(2).mean_dim(2) + self.eps).sqrt().recip(); // [B,S,1]
+        x * scale * self.weight.val().unsqueeze::<3>()
+    }
+}
+
+impl Llama {
+    /// Fresh weights (lazily made, so loading replaces them at no cost).
+    pub fn init(config: &TextConfig, device: &Device) -> Self {
+        let (d, e) = (config.hidden, config.head_dim);
+        let linear = |i: usize, o: usize| LinearConfig::new(i, o).with_bias(false).init(device);
+        let norm = || RmsNorm::init(d, config.eps, device);
+        Self {
+            layers: (0..config.layers)
+                .map(|_| DecoderLayer {
+                    self_attn: Attention {
+                        q_proj: linear(d, config.heads * e),
+                        k_proj: linear(d, config.kv_heads * e),
+                        v_proj: linear(d, config.kv_heads * e),
+                        o_proj: linear(config.heads * e, d),
+                        heads: config.heads,
+                        kv_heads: config.kv_heads,
+                    },
+                    mlp: Mlp {
+                        gate_proj: linear(d, config.intermediate),
+                        up_proj: linear(d, config.intermediate),
+                        down_proj: linear(config.intermediate, d),
+                        activation: config.activation,
+                    },
+                    input_layernorm: norm(),
+                    post_attention_layernorm: norm(),
+                })
+                .collect(),
+            norm: norm(),
+            lm_head: linear(d, config.vocab),
+            head_dim: e,
+            rope_theta: config.rope_theta,
+        }
+    }
+
+    /// Residual stream after the final norm, i.e. what the head reads.
+    ///
+    /// # Shapes
+    /// - h: `[B, S, D]`, output: `[B, S, D]`
+    pub fn forward(&self, h: Tensor<3>, layout: &AttentionLayout) -> Tensor<3> {
+        let mut h = h;
+        for layer in &self.layers {
+            h = layer.forward(h, layout);
+        }
+        self.norm.forward(h)
+    }
+
+    /// Logits of chosen positions only.
+    ///
+    /// # Shapes
+    /// - hidden: `[T, D]`, output: `[T, V]`
+    pub fn logits(&self, hidden: Tensor<2>) -> Tensor<2> {
+        self.lm_head.forward(hidden)
+    }
+
+    /// Plain causal attention over positions 0..S. Right padding needs no mask: real positions never see it.
+    pub fn causal_layout(&self, seq: usize, device: &Device) -> AttentionLayout {
+        let positions: Vec<u32> = (0..seq as u32).collect();
+        self.packed_layout(&[positions], &[vec![0; seq]], device)
+    }
+
+    /// Several texts behind one shared prefix: a position sees earlier positions of segment 0 (the prefix) and of its own
+    /// segment. With rotary positions counted on from the prefix for each segment this equals separate sequences.
+    ///
+    /// # Shapes
+    /// - positions, segments: B rows of S
+    pub fn packed_layout(&self, positions: &[Vec<u32>], segments: &[Vec<u32>], device: &Device) -> AttentionLayout {
+        let (b, s, half) = (positions.len(), positions.first().map_or(0, Vec::len), self.head_dim / 2);
+        let inverse: Vec<f64> = (0..half)
+            .map(|i| self.rope_theta.powf(-2.0 * i as f64 / self.head_dim as f64))
+            .collect();
+        let angles = positions.iter().flatten().flat_map(|&p| inverse.iter().map(move |f| f64::from(p) * f));
+        let (sin, cos): (Vec<f32>, Vec<f32>) = angles.map(|a| (a.sin() as f32, a.cos() as f32)).unzip();
+        let mut bias = Vec::with_capacity(b * s * s);
+        for row in segments {
+            for i in 0..s {
+                bias.extend((0..s).map(|j| {
+                    if j <= i && (row[j] == 0 || row[j] == row[i]) { 0.0 } else { FORBIDDEN }
+                }));
+            }
+        }
+        let tensor = |data: Vec<f32>, shape: [usize; 4]| Tensor::from_data(TensorData::new(data, shape), device);
+        AttentionLayout {
+            cos: tensor(cos, [b, 1, s, half]),
+            sin: tensor(sin, [b, 1, s, half]),
+            bias: tensor(bias, [b, 1, s, s]),
+        }
+    }
+}
+
+impl DecoderLayer {
+    fn forward(&self, h: Tensor<3>, layout: &AttentionLayout) -> Tensor<3> {
+        let h = h.clone() + self.self_attn.forward(self.input_layernorm.forward(h), layout);
+        h.clone() + self.mlp.forward(self.post_attention_layernorm.forward(h))
+    }
+}
+
+impl Attention {
+    fn forward(&self, x: Tensor<3>, layout: &AttentionLayout) -> Tensor<3> {
+        let q = rotate(split_heads(self.q_proj.forward(x.clone()), self.heads), layout);
+        let k = rotate(split_heads(self.k_proj.forward(x.clone()), self.kv_heads), layout);
+        let v = split_heads(self.v_proj.forward(x), self.kv_heads);
+        let groups = self.heads / self.kv_heads;
+        let (k, v) = (repeat_heads(k, groups), repeat_heads(v, groups));
+        self.o_proj.forward(attend(q, k, v, Some(layout.bias.clone())))
+    }
+}
+
+impl Mlp {
+    fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+        let gate = activate(self.activation, self.gate_proj.forward(x.clone()));
+        self.down_proj.forward(gate * self.up_proj.forward(x))
+    }
+}
+
+/// Rotary positions, "half" convention: dimension i pairs with i + E/2 (RoFormer, arXiv 2104.09864).
+///
+/// # Shapes
+/// - input and output: `[B, H, S, E]`
+fn rotate(x: Tensor<4>, layout: &AttentionLayout) -> Tensor<4> {
+    let half = x.dims()[3] / 2;
+    let (a, b) = (x.clone().narrow(3, 0, half), x.narrow(3, half, half));
+    let (cos, sin) = (layout.cos.clone(), layout.sin.clone());
+    let first = a.clone() * cos.clone() - b.clone() * sin.clone();
+    let second = b * cos + a * sin;
+    Tensor::cat(vec![first, second], 3)
+}
+
+/// Each key-value head serves `groups` consecutive query heads: `[B, KV, S, E]` -> `[B, KV*groups, S, E]`
+fn repeat_heads(x: Tensor<4>, groups: usize) -> Tensor<4> {
+    if groups == 1 {
+        return x;
+    }
+    let [b, kv, s, e] = x.dims();
+    x.reshape([b, kv, 1, s, e]).expand([b, kv, groups, s, e]).reshape([b, kv * groups, s, e])
+}

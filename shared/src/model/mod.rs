@@ -1,0 +1,45 @@
+//! The model's parts. Each is Config -> `init(&device)` -> Module -> `forward`.
+//!
+//! Letters in shape comments: B batch, S sequence, D width of the residual stream, H heads, E width of a head,
+//! P image tokens, N vision positions (CLS and patches), V vocabulary, R adapter rank, T target positions.
+
+pub mod adapter;
+pub mod checkpoint;
+pub mod clip;
+pub mod files;
+pub mod llama;
+pub mod projector;
+
+use crate::config::Activation;
+use burn::tensor::{Tensor, activation};
+
+/// Apply a configured activation elementwise.
+pub fn activate<const N: usize>(kind: Activation, x: Tensor<N>) -> Tensor<N> {
+    match kind {
+        Activation::QuickGelu => x.clone() * activation::sigmoid(x * 1.702),
+        Activation::Gelu => activation::gelu(x),
+        Activation::GeluTanh => activation::gelu_approximate(x),
+        Activation::Silu => activation::silu(x),
+    }
+}
+
+/// Scaled dot-product attention; `bias` is added to the scores (0 or a large negative number).
+///
+/// # Shapes
+/// - q, k, v: `[B, H, S, E]`, bias: broadcastable to `[B, H, S, S]`
+/// - output: `[B, S, H*E]`
+pub(crate) fn attend(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, bias: Option<Tensor<4>>) -> Tensor<3> {
+    let [b, h, s, e] = q.dims();
+    let mut scores = (q * (e as f64).powf(-0.5)).matmul(k.swap_dims(2, 3)); // [B,H,S,S]
+    if let Some(bias) = bias {
+        scores = scores + bias;
+    }
+    let weights = activation::softmax(scores, 3);
+    weights.matmul(v).swap_dims(1, 2).reshape([b, s, h * e]) // [B,H,S,E] -> [B,S,H*E]
+}
+
+/// `[B, S, H*E]` -> `[B, H, S, E]`
+pub(crate) fn split_heads(x: Tensor<3>, heads: usize) -> Tensor<4> {
+    let [b, s, d] = x.dims();
+    x.reshape([b, s, heads, d / heads]).swap_dims(1, 2)
+}
