@@ -4,14 +4,24 @@
 //! | --- | --- |
 //! | `step` | the training step, client's and server's half, in order of execution: start here |
 //! | `edge` | NanoEdge: the frozen part that a client holds |
+//! | `wire` | the whole protocol |
+//! | `client` | a participant's round loop, generic over transport and clock |
+//! | `aggregate` | merging: one validation, one file for each strategy |
+//! | `settings` | what the participants of a federation agree on |
+//! | `probe` | one fixed step with all its results, to compare devices and places |
 //! | `plain` | blobs, adapters, boundary requests: plain data with its checks |
 //! | `config` | model settings, validated once |
 //! | `model` | CLIP, projector, Llama, adapters, checkpoints |
 //! | `data` | samples, pictures, text, generated scenes |
 
+pub mod aggregate;
+pub mod client;
 pub mod config;
 pub mod data;
 pub mod edge;
 pub mod model;
 pub mod plain;
+pub mod probe;
+pub mod settings;
 pub mod step;
+pub mod wire;

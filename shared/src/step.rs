@@ -269,7 +269,7 @@ impl FrozenLlm {
         }
         let (nll, logits) = self.nll(tensor(&merged.hidden, &self.device), &merged);
         let best = logits.inner().argmax(1).into_data_async().await.map_err(|e| DeviceError(e.to_string()))?;
-        let predicted = best.convert::<i64>().into_vec::<i64>().map_err(|e| DeviceError(format!("{e:?}")))?;
+        let predicted = best.convert::<i64>().try_into_vec::<i64>().map_err(|e| DeviceError(format!("{e:?}")))?;
         Ok(EvaluationReply {
             nll: read(nll.inner()).await?.data,
             predicted: predicted.into_iter().map(|id| id as u32).collect(),

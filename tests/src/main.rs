@@ -1,1 +1,1 @@
-//! x
+//! One integration-test binary.

@@ -137,7 +137,7 @@ pub struct Marked {
 
 /// Mark the answers of a batch.
 pub fn mark(logits: Tensor<2>, batch: &PackedBatch) -> Vec<Marked> {
-    let best = logits.argmax(1).into_data().convert::<i64>().into_vec::<i64>().unwrap_or_default();
+    let best = logits.argmax(1).into_data().convert::<i64>().try_into_vec::<i64>().unwrap_or_default();
     let mut marks: Vec<(usize, Marked)> = Vec::new();
     for (t, best) in batch.targets.iter().zip(best) {
         let Some((number, kind)) = t.question else { continue };

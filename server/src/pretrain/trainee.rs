@@ -101,7 +101,7 @@ pub fn weights(eyes: &Eyes, speech: &Speech) -> Vec<(String, TensorBlob)> {
     all.extend(checkpoint::collect(&speech.projector, "multi_modal_projector."));
     let table = speech.table.val();
     let shape = table.dims().to_vec();
-    let data = table.into_data().convert::<f32>().into_vec().unwrap_or_default();
+    let data = table.into_data().convert::<f32>().try_into_vec().unwrap_or_default();
     all.push(("language_model.embed_tokens.weight".to_owned(), TensorBlob { shape, data }));
     all.extend(checkpoint::collect(&speech.llm, "language_model."));
     all

@@ -140,7 +140,7 @@ pub struct DeviceError(pub String);
 pub async fn read<const N: usize>(tensor: Tensor<N>) -> Result<TensorBlob, DeviceError> {
     let shape = tensor.dims().to_vec();
     let data = tensor.into_data_async().await.map_err(|e| DeviceError(e.to_string()))?;
-    let data = data.convert::<f32>().into_vec::<f32>().map_err(|e| DeviceError(format!("{e:?}")))?;
+    let data = data.convert::<f32>().try_into_vec::<f32>().map_err(|e| DeviceError(format!("{e:?}")))?;
     Ok(TensorBlob { shape, data })
 }
 

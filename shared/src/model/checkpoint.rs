@@ -211,7 +211,7 @@ impl ModuleVisitor for Collector<'_> {
         let value = param.val();
         let value = if transposed { value.transpose() } else { value };
         let shape = value.dims().to_vec();
-        let data = value.into_data().convert::<f32>().into_vec().unwrap_or_default();
+        let data = value.into_data().convert::<f32>().try_into_vec().unwrap_or_default();
         self.found.push((key, TensorBlob { shape, data }));
     }
 }

@@ -1,0 +1,446 @@
+//! The whole protocol: one binary WebSocket message is one frame, `b"FN"`, version (u16, little-endian), then a postcard
+//! body: [`ClientMessage`] upward, [`ServerMessage`] downward. The first message upward must be [`ClientMessage::Hello`].
+
+use crate::plain::{AdapterState, BoundaryReply, BoundaryRequest, EvaluationReply};
+use crate::settings::FederationSettings;
+use crate::step::Evaluation;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+/// Changes with every change of a message.
+pub const VERSION: u16 = 1;
+/// Largest frame either side accepts, bytes: activations of a batch of 8 at LLaVA-1.5-7B's shape in f32.
+pub const MAX_FRAME: usize = 96 << 20;
+/// Longest name or federation id, bytes.
+pub const MAX_NAME: usize = 80;
+const MAGIC: [u8; 2] = *b"FN";
+
+/// Number of a participant within its federation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ParticipantId(pub u32);
+
+/// Secret by which a participant comes back as itself.
+#[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct SessionToken(pub String);
+
+impl std::fmt::Debug for SessionToken {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str("SessionToken(..)") // never in a log
+    }
+}
+
+/// What kind of program takes part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ClientKind {
+    /// A browser tab.
+    Tab,
+    /// `fednano join`.
+    Native,
+    /// `fednano simulate`.
+    Simulated,
+}
+
+/// What a connection is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Purpose {
+    /// Take part in rounds.
+    Train,
+    /// Only use the model: evaluation requests, no rounds, not counted as a participant.
+    Ask,
+}
+
+/// The first message.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Hello {
+    /// Federation to join.
+    pub federation: String,
+    /// Name shown to others.
+    pub name: String,
+    /// Kind of program.
+    pub kind: ClientKind,
+    /// Device in plain words, shown to the operator.
+    pub device: String,
+    /// Training samples held.
+    pub samples: u32,
+    /// Bytes of edge weights downloaded before joining.
+    pub edge_bytes: u64,
+    /// Rounds or questions.
+    pub purpose: Purpose,
+    /// Of an earlier session that was lost.
+    pub resume: Option<SessionToken>,
+}
+
+/// Upward.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum ClientMessage {
+    /// Handshake.
+    Hello(Hello),
+    /// A training request of a round.
+    Train {
+        /// Echoed in the reply.
+        id: u64,
+        /// Round it belongs to.
+        round: u32,
+        /// Activations and targets.
+        request: BoundaryRequest,
+    },
+    /// Forward only.
+    Evaluate {
+        /// Echoed in the reply.
+        id: u64,
+        /// Activations and the positions to read.
+        request: BoundaryRequest,
+    },
+    /// For the others' screens.
+    Progress {
+        /// Round.
+        round: u32,
+        /// Steps done in this round.
+        step: u32,
+        /// Steps of this round.
+        steps: u32,
+        /// Loss of the last step, nats.
+        loss: f32,
+    },
+    /// The result of a round.
+    Update(Update),
+    /// Goodbye for good: do not wait for this participant.
+    Leave,
+}
+
+/// What a participant uploads: adapters only.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Update {
+    /// Round it was trained in.
+    pub round: u32,
+    /// Trained adapters.
+    pub adapter: AdapterState,
+    /// Diagonal Fisher, for strategy `fisher`.
+    pub fisher: Option<AdapterState>,
+    /// Samples trained on.
+    pub samples: u32,
+    /// Mean training loss of the round, nats.
+    pub loss: f32,
+}
+
+/// Cause and remedy, in words for a person.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fault {
+    /// For programs.
+    pub code: FaultCode,
+    /// What is wrong.
+    pub cause: String,
+    /// What to do.
+    pub remedy: String,
+}
+
+impl std::fmt::Display for Fault {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        write!(f, "{}; {}", self.cause, self.remedy)
+    }
+}
+
+/// Kinds of [`Fault`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FaultCode {
+    /// Not a frame of this protocol.
+    Malformed,
+    /// Another protocol version.
+    Version,
+    /// Larger than [`MAX_FRAME`].
+    TooLarge,
+    /// A message at the wrong time.
+    OutOfOrder,
+    /// No such federation.
+    UnknownFederation,
+    /// Wrong shape, not finite, out of range.
+    Invalid,
+    /// Of a round that is not the current one.
+    StaleRound,
+    /// The federation is finished.
+    Finished,
+    /// The server is shutting down or failed.
+    Server,
+}
+
+/// Where a federation stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// Waiting for participants.
+    Lobby,
+    /// A round is under way.
+    Training,
+    /// Merging and evaluating.
+    Evaluating,
+    /// All rounds done.
+    Finished,
+}
+
+/// One line of the participants' table.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ParticipantStatus {
+    /// Number.
+    pub id: ParticipantId,
+    /// Name.
+    pub name: String,
+    /// Kind of program.
+    pub kind: ClientKind,
+    /// Device in plain words.
+    pub device: String,
+    /// Training samples.
+    pub samples: u32,
+    /// Connected now.
+    pub connected: bool,
+    /// Steps done and to do in the current round.
+    pub progress: (u32, u32),
+    /// Loss of the last step.
+    pub loss: Option<f32>,
+    /// Its update of the current round is in.
+    pub updated: bool,
+    /// Bytes so far.
+    pub traffic: Traffic,
+}
+
+/// Bytes of frames by kind, as counted at the server's socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Traffic {
+    /// Up: activations with targets, of training and evaluation.
+    pub activations_up: u64,
+    /// Up: adapters and Fisher.
+    pub updates_up: u64,
+    /// Up: everything else.
+    pub control_up: u64,
+    /// Down: gradients, and evaluation replies.
+    pub gradients_down: u64,
+    /// Down: the merged adapters of each round.
+    pub adapters_down: u64,
+    /// Down: everything else on the socket.
+    pub control_down: u64,
+    /// Down: edge weights, as the client counted them before joining.
+    pub edge_down: u64,
+}
+
+/// What a round brought.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RoundResult {
+    /// 0 is the untouched model.
+    pub round: u32,
+    /// Merged model on the held-out set.
+    pub held_out: Evaluation,
+    /// Whose updates were merged, in order.
+    pub participants: Vec<ParticipantId>,
+    /// Their mean training loss.
+    pub training_loss: Option<f32>,
+    /// From broadcast to evaluated, seconds.
+    pub seconds: f64,
+}
+
+/// Everything a page shows.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// Federation.
+    pub federation: String,
+    /// Phase.
+    pub phase: Phase,
+    /// Current round (0: none yet).
+    pub round: u32,
+    /// Rounds in all.
+    pub rounds: u32,
+    /// Participants, also those that are away.
+    pub participants: Vec<ParticipantStatus>,
+    /// Results so far.
+    pub history: Vec<RoundResult>,
+    /// Participants needed to start.
+    pub min_participants: usize,
+}
+
+/// Downward.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum ServerMessage {
+    /// Handshake accepted.
+    Welcome {
+        /// Own number.
+        participant: ParticipantId,
+        /// For coming back.
+        token: SessionToken,
+        /// What was agreed.
+        settings: FederationSettings,
+        /// The federation now.
+        status: Status,
+    },
+    /// Fatal: the connection closes after this.
+    Refused(Fault),
+    /// A round begins (or goes on, after coming back).
+    Round {
+        /// Its number, from 1.
+        round: u32,
+        /// Where to start.
+        adapter: AdapterState,
+    },
+    /// Answer to `Train`.
+    Trained {
+        /// Of the request.
+        id: u64,
+        /// Loss and gradient.
+        reply: BoundaryReply,
+    },
+    /// Answer to `Evaluate`.
+    Evaluated {
+        /// Of the request.
+        id: u64,
+        /// Likelihoods and choices.
+        reply: EvaluationReply,
+    },
+    /// One request was refused; the session goes on.
+    RequestRefused {
+        /// Of the request.
+        id: u64,
+        /// Why.
+        fault: Fault,
+    },
+    /// The update is on disk.
+    UpdateAccepted {
+        /// Its round.
+        round: u32,
+    },
+    /// The update was not taken.
+    UpdateRefused {
+        /// Its round.
+        round: u32,
+        /// Why; `StaleRound` means: wait for the next round.
+        fault: Fault,
+    },
+    /// Something changed.
+    Status(Status),
+    /// All rounds done.
+    Finished {
+        /// The federation's result.
+        adapter: AdapterState,
+    },
+    /// The server goes away in order; try again later.
+    Closing(Fault),
+}
+
+/// Why a frame cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum WireError {
+    /// Too large.
+    #[error("a frame of {0} bytes is larger than the {MAX_FRAME} allowed; use a smaller batch")]
+    TooLarge(usize),
+    /// No frame of this protocol.
+    #[error("{0} bytes that are not a FedNano frame; is something else talking to this address?")]
+    NotAFrame(usize),
+    /// Another version.
+    #[error("the other side speaks protocol version {theirs}, this side {VERSION}; reload the page or update the older program")]
+    Version {
+        /// The other side's.
+        theirs: u16,
+    },
+    /// Right frame, wrong body.
+    #[error("a frame of version {VERSION} with a damaged body: {0}")]
+    Body(String),
+}
+
+impl WireError {
+    /// As told to the peer.
+    pub fn fault(&self) -> Fault {
+        let (code, remedy) = match self {
+            Self::TooLarge(_) => (FaultCode::TooLarge, "use a smaller batch"),
+            Self::NotAFrame(_) | Self::Body(_) => (FaultCode::Malformed, "use a FedNano client of the server's version"),
+            Self::Version { .. } => (FaultCode::Version, "reload the page, or update the older program"),
+        };
+        Fault { code, cause: self.to_string(), remedy: remedy.into() }
+    }
+}
+
+/// A message as one frame.
+pub fn encode<M: Serialize>(message: &M) -> Vec<u8> {
+    let mut frame = MAGIC.to_vec();
+    frame.extend(VERSION.to_le_bytes());
+    // Writing plain data into memory cannot fail: no map of unknown length, no custom serializer that errs.
+    postcard::to_extend(message, frame).unwrap_or_default()
+}
+
+/// The message of a frame.
+///
+/// # Errors
+/// [`WireError`]; never panics, whatever the bytes.
+pub fn decode<M: DeserializeOwned>(frame: &[u8]) -> Result<M, WireError> {
+    if frame.len() > MAX_FRAME {
+        return Err(WireError::TooLarge(frame.len()));
+    }
+    let Some((head, body)) = frame.split_at_checked(4).filter(|(h, _)| h[..2] == MAGIC) else {
+        return Err(WireError::NotAFrame(frame.len()));
+    };
+    let theirs = u16::from_le_bytes([head[2], head[3]]);
+    if theirs != VERSION {
+        return Err(WireError::Version { theirs });
+    }
+    match postcard::take_from_bytes(body) {
+        Ok((message, [])) => Ok(message),
+        Ok((_, rest)) => Err(WireError::Body(format!("{} bytes too many", rest.len()))),
+        Err(e) => Err(WireError::Body(e.to_string())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plain::{Target, TensorBlob};
+
+    fn train() -> ClientMessage {
+        ClientMessage::Train {
+            id: 7,
+            round: 2,
+            request: BoundaryRequest {
+                hidden: TensorBlob { shape: vec![1, 2, 1], data: vec![1.0, -0.5] },
+                lengths: vec![2],
+                targets: vec![Target { row: 0, position: 1, token: 300 }],
+            },
+        }
+    }
+
+    #[test]
+    fn golden_bytes() {
+        let expected = [
+            b'F', b'N', 1, 0, // frame, version
+            1, 7, 2, // Train, id, round
+            3, 1, 2, 1, 8, 0, 0, 0x80, 0x3f, 0, 0, 0, 0xbf, // shape, byte length, values
+            1, 2, // lengths
+            1, 0, 1, 0xac, 2, // targets
+        ];
+        assert_eq!(encode(&train()), expected);
+        assert_eq!(decode::<ClientMessage>(&expected).unwrap(), train());
+    }
+
+    #[test]
+    fn faulty_frames_are_told_apart() {
+        let good = encode(&train());
+        let mut wrong_version = good.clone();
+        wrong_version[2] = 9;
+        assert_eq!(decode::<ClientMessage>(&wrong_version), Err(WireError::Version { theirs: 9 }));
+        assert_eq!(decode::<ClientMessage>(b"GET / HTTP/1.1"), Err(WireError::NotAFrame(14)));
+        assert_eq!(decode::<ClientMessage>(&[]), Err(WireError::NotAFrame(0)));
+        assert!(matches!(decode::<ClientMessage>(&good[..good.len() - 1]), Err(WireError::Body(_))));
+        let long = [good, vec![0]].concat();
+        assert!(decode::<ClientMessage>(&long).unwrap_err().to_string().contains("1 bytes too many"));
+    }
+
+    #[test]
+    fn no_garbage_makes_it_panic() {
+        use rand::{Rng, SeedableRng};
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(3);
+        let good = encode(&train());
+        for _ in 0..20_000 {
+            let mut bytes = good.clone();
+            for _ in 0..rng.random_range(1..4) {
+                let at = rng.random_range(4..bytes.len());
+                bytes[at] = rng.random();
+            }
+            bytes.truncate(rng.random_range(0..=bytes.len()));
+            drop(decode::<ClientMessage>(&bytes));
+            drop(decode::<ServerMessage>(&bytes));
+        }
+    }
+}
