@@ -17,11 +17,22 @@ struct Cli {
 
 #[derive(clap::Subcommand)]
 enum Command {
+    Serve(commands::serve::Args),
+    Join(commands::join::Args),
+    Simulate(commands::simulate::Args),
+    Demo(commands::demo::Args),
     Pretrain(commands::pretrain::Args),
 }
 
-fn main() -> anyhow::Result<()> {
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "fednano_server=info".into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
     match Cli::parse().command {
-        Command::Pretrain(args) => commands::pretrain::main(&args),
+        Command::Serve(args) => commands::serve::main(&args).await,
+        Command::Join(args) => commands::join::main(&args).await,
+        Command::Simulate(args) => commands::simulate::main(&args).await,
+        Command::Demo(args) => commands::demo::main(&args).await,
+        Command::Pretrain(args) => tokio::task::spawn_blocking(move || commands::pretrain::main(&args)).await?,
     }
 }

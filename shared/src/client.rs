@@ -193,7 +193,7 @@ struct LocalRound {
 }
 
 /// Why a connection's loop ended.
-enum Interruption {
+pub(crate) enum Interruption {
     Lost(String),
     Left,
     Failed(ClientError),
@@ -402,19 +402,19 @@ fn settle<R>(result: Result<R, StepError>) -> Result<Option<R>, Interruption> {
     }
 }
 
-const LEFT: &str = "left on request";
+pub(crate) const LEFT: &str = "left on request";
 
 /// A transport that speaks messages.
-struct Link<'a, T, O> {
-    transport: T,
+pub(crate) struct Link<'a, T, O> {
+    pub(crate) transport: T,
     /// Arrived while a reply was awaited, and belongs to the main loop.
-    pending: Option<ServerMessage>,
-    next_id: u64,
-    observer: &'a mut O,
+    pub(crate) pending: Option<ServerMessage>,
+    pub(crate) next_id: u64,
+    pub(crate) observer: &'a mut O,
 }
 
 impl<T: Transport, O: Observer> Link<'_, T, O> {
-    async fn send(&mut self, message: &ClientMessage) -> Result<(), Interruption> {
+    pub(crate) async fn send(&mut self, message: &ClientMessage) -> Result<(), Interruption> {
         let frame = wire::encode(message);
         if frame.len() > wire::MAX_FRAME {
             let fault = wire::WireError::TooLarge(frame.len()).fault();
@@ -424,7 +424,7 @@ impl<T: Transport, O: Observer> Link<'_, T, O> {
     }
 
     /// The next message from the wire.
-    async fn receive(&mut self) -> Result<ServerMessage, Interruption> {
+    pub(crate) async fn receive(&mut self) -> Result<ServerMessage, Interruption> {
         let frame = self.transport.receive().await?;
         wire::decode(&frame).map_err(|e| protocol(&e.to_string()))
     }
@@ -439,9 +439,9 @@ impl<T: Transport, O: Observer> Link<'_, T, O> {
 }
 
 /// The boundary over the wire: one request under way at a time.
-struct Remote<'l, 'a, T, O> {
-    link: &'l mut Link<'a, T, O>,
-    round: u32,
+pub(crate) struct Remote<'l, 'a, T, O> {
+    pub(crate) link: &'l mut Link<'a, T, O>,
+    pub(crate) round: u32,
 }
 
 enum Reply {
@@ -505,91 +505,11 @@ impl<T: Transport, O: Observer> LlmBoundary for Remote<'_, '_, T, O> {
     }
 }
 
-/// A connection that only asks: a boundary for questions, tests and comparisons.
-pub struct Asking<T: Transport> {
-    link: Link<'static, T, Silent>,
-}
-
-/// Hears nothing.
-pub struct Silent;
-
-impl Observer for Silent {
-    fn event(&mut self, _: ClientEvent<'_>) {}
-}
-
-impl<T: Transport> Asking<T> {
-    /// Shake hands with [`wire::Purpose::Ask`].
-    ///
-    /// # Errors
-    /// [`ClientError`].
-    pub async fn open(transport: T, hello: Hello) -> Result<Self, ClientError> {
-        // A zero-sized observer: leaking it leaks nothing.
-        let mut link = Link { transport, pending: None, next_id: 0, observer: Box::leak(Box::new(Silent)) };
-        let failed = |i: Interruption| match i {
-            Interruption::Failed(e) => e,
-            Interruption::Lost(cause) => ClientError::Unreachable { tries: 1, cause },
-            Interruption::Left => ClientError::Unreachable { tries: 1, cause: LEFT.into() },
-        };
-        link.send(&ClientMessage::Hello(hello)).await.map_err(failed)?;
-        match link.receive().await.map_err(failed)? {
-            ServerMessage::Welcome { .. } => Ok(Self { link }),
-            ServerMessage::Refused(fault) | ServerMessage::Closing(fault) => Err(ClientError::Refused(fault)),
-            other => Err(ClientError::Protocol(format!("{} instead of a welcome", name(&other)))),
-        }
-    }
-}
-
-impl<T: Transport> LlmBoundary for Asking<T> {
-    async fn train(&mut self, request: BoundaryRequest) -> Result<BoundaryReply, BoundaryError> {
-        Remote { link: &mut self.link, round: 0 }.train(request).await
-    }
-
-    async fn evaluate(&mut self, request: BoundaryRequest) -> Result<EvaluationReply, BoundaryError> {
-        Remote { link: &mut self.link, round: 0 }.evaluate(request).await
-    }
-}
-
-/// Greedy decoding through the boundary: the prompt and what was said so far go up, the next token comes down.
-/// The text adapter covers the generated tokens too.
-///
-/// # Errors
-/// [`StepError`].
-pub async fn answer<B: LlmBoundary>(
-    edge: &NanoEdge,
-    adapters: Option<&NanoAdapters>,
-    prompt: &crate::data::text::Encoded,
-    features: &[f32],
-    max_tokens: usize,
-    boundary: &mut B,
-    device: &Device,
-) -> Result<String, StepError> {
-    let mut so_far = prompt.clone();
-    let limit = (so_far.ids.len() + max_tokens).min(edge.config.text.max_positions);
-    while so_far.ids.len() < limit {
-        let batch = edge.assemble(&[(&so_far, features)]);
-        let last = so_far.ids.len() as u32 - 1;
-        let request = BoundaryRequest {
-            hidden: step::adapted(adapters, &batch, device).await?,
-            lengths: batch.lengths.clone(),
-            targets: vec![crate::plain::Target { row: 0, position: last, token: 0 }],
-        };
-        let reply = boundary.evaluate(request).await?;
-        let Some(&next) = reply.predicted.first() else {
-            return Err(StepError::Reply("no token".into()));
-        };
-        if next == edge.text.eos() || next as usize >= edge.vocabulary() {
-            break;
-        }
-        so_far.ids.push(next);
-    }
-    Ok(edge.text.decode(&so_far.ids[prompt.ids.len()..]))
-}
-
 fn protocol(cause: &str) -> Interruption {
     Interruption::Failed(ClientError::Protocol(cause.to_owned()))
 }
 
-fn name(message: &ServerMessage) -> &'static str {
+pub(crate) fn name(message: &ServerMessage) -> &'static str {
     match message {
         ServerMessage::Welcome { .. } => "a welcome",
         ServerMessage::Refused(_) => "a refusal",

@@ -6,6 +6,7 @@
 //! | `edge` | NanoEdge: the frozen part that a client holds |
 //! | `wire` | the whole protocol |
 //! | `client` | a participant's round loop, generic over transport and clock |
+//! | `ask` | questions to the model, without taking part in rounds |
 //! | `aggregate` | merging: one validation, one file for each strategy |
 //! | `settings` | what the participants of a federation agree on |
 //! | `probe` | one fixed step with all its results, to compare devices and places |
@@ -15,6 +16,7 @@
 //! | `data` | samples, pictures, text, generated scenes |
 
 pub mod aggregate;
+pub mod ask;
 pub mod client;
 pub mod config;
 pub mod data;

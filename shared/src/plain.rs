@@ -65,7 +65,7 @@ fn to_bytes<S: Serializer>(data: &[f32], serializer: S) -> Result<S::Ok, S::Erro
 
 fn from_bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<f32>, D::Error> {
     struct Bytes;
-    impl serde::de::Visitor<'_> for Bytes {
+    impl<'de> serde::de::Visitor<'de> for Bytes {
         type Value = Vec<f32>;
         fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
             f.write_str("a byte string of f32 values")
@@ -75,6 +75,14 @@ fn from_bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<f32>, D:
                 return Err(E::custom("the byte length of f32 values is no multiple of 4"));
             }
             Ok(bytemuck::pod_collect_to_vec(bytes))
+        }
+        // JSON has no byte strings: there it is a list of numbers.
+        fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
+            let mut bytes = Vec::new();
+            while let Some(byte) = list.next_element()? {
+                bytes.push(byte);
+            }
+            self.visit_bytes(&bytes)
         }
     }
     deserializer.deserialize_bytes(Bytes)

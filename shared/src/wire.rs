@@ -299,7 +299,7 @@ pub enum ServerMessage {
         /// Why.
         fault: Fault,
     },
-    /// The update is on disk.
+    /// The update counts.
     UpdateAccepted {
         /// Its round.
         round: u32,

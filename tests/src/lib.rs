@@ -1,1 +1,299 @@
-//! x
+//! What the tests share: the demo model, servers with their own ports, one timeout for every await.
+
+use anyhow::Context;
+use burn::tensor::Device;
+use fednano_server::app::{App, HeldOutSource, ServerSettings};
+use fednano_server::native::SocketConnector;
+use fednano_shared::ask::Asking;
+use fednano_shared::client::{ClientEvent, Connector, Observer, Outcome, Participant, participate};
+use fednano_shared::data::dataset::Dataset;
+use fednano_shared::edge::{FeatureCache, NanoEdge};
+use fednano_shared::model::checkpoint::load_llm;
+use fednano_shared::model::files::ModelFiles;
+use fednano_shared::plain::{AdapterState, TensorBlob};
+use fednano_shared::settings::FederationSettings;
+use fednano_shared::step::FrozenLlm;
+use fednano_shared::wire::{ClientKind, Hello, Purpose};
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+/// What a test cannot do without.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Needs {
+    /// Runs anywhere.
+    Nothing,
+    /// The demo model in the repository.
+    NanoLlava,
+    /// The public data set easy-VQA.
+    EasyVqa,
+    /// Chromium, ChromeDriver and the built page.
+    Chromium,
+    /// A Vulkan driver (a software one will do).
+    Vulkan,
+}
+
+impl Needs {
+    /// Why it is not there, if it is not.
+    pub fn missing(self) -> Option<&'static str> {
+        let there = match self {
+            Self::Nothing => true,
+            Self::NanoLlava => nano_llava().join("model.safetensors").exists(),
+            Self::EasyVqa => easy_vqa().is_some(),
+            Self::Chromium => {
+                fednano_server::commands::demo::chromium().is_ok()
+                    && on_path("chromedriver").is_some()
+                    && repository().join("www/pkg/fednano_web.js").exists()
+            }
+            Self::Vulkan => ["/usr/share/vulkan/icd.d", "/etc/vulkan/icd.d"]
+                .iter()
+                .any(|d| std::fs::read_dir(d).is_ok_and(|mut files| files.next().is_some())),
+        };
+        let cause = match self {
+            Self::Nothing => "nothing",
+            Self::NanoLlava => "server/models/nano-llava is missing (`just pretrain` makes it)",
+            Self::EasyVqa => "easy-VQA is missing (`just easy-vqa` fetches it, or name its folder in FEDNANO_EASY_VQA)",
+            Self::Chromium => "Chromium, chromedriver or the built page is missing (`just setup web`)",
+            Self::Vulkan => "no Vulkan driver (mesa-vulkan-drivers is a software one)",
+        };
+        (!there).then_some(cause)
+    }
+}
+
+/// A program on the path.
+pub fn on_path(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path).map(|d| d.join(name)).find(|p| p.is_file())
+}
+
+/// The repository's root.
+pub fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// The demo model.
+pub fn nano_llava() -> PathBuf {
+    repository().join("server/models/nano-llava")
+}
+
+/// The reference checkpoint.
+pub fn fixture() -> PathBuf {
+    repository().join("tests/fixtures/tiny-llava")
+}
+
+/// easy-VQA, where somebody has put it.
+pub fn easy_vqa() -> Option<PathBuf> {
+    let named = std::env::var_os("FEDNANO_EASY_VQA").map(PathBuf::from);
+    let places = named.into_iter().chain([repository().join("data/easy-vqa"), repository().join("../shared/data/easy-vqa")]);
+    places.into_iter().find(|p| p.join("test/questions.json").exists())
+}
+
+/// Run to the end, within one time limit for everything.
+///
+/// # Errors
+/// The test's, or the limit.
+pub fn block<F: Future<Output = anyhow::Result<()>>>(limit: Duration, test: F) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let local = tokio::task::LocalSet::new();
+    let result = runtime.block_on(local.run_until(async { tokio::time::timeout(limit, test).await }));
+    runtime.shutdown_background();
+    result.unwrap_or_else(|_| anyhow::bail!("not finished within {} s", limit.as_secs()))
+}
+
+/// The usual limit.
+pub const LIMIT: Duration = Duration::from_secs(240);
+
+/// The model's both halves in this process.
+pub struct Halves {
+    /// Files.
+    pub files: ModelFiles,
+    /// Client's half.
+    pub edge: NanoEdge,
+    /// Server's half.
+    pub llm: FrozenLlm,
+    /// Where they are.
+    pub device: Device,
+}
+
+/// Load a model directory on a device.
+///
+/// # Errors
+/// The loader's.
+pub fn halves(dir: &Path, device: &Device) -> anyhow::Result<Halves> {
+    let files = ModelFiles::open(dir)?;
+    let edge = NanoEdge::load(&files, device)?;
+    let autodiff = device.clone().autodiff();
+    let llm = FrozenLlm::new(load_llm(&files.config, &files.weights, &autodiff)?, &files.config.text, &autodiff);
+    Ok(Halves { files, edge, llm, device: device.clone() })
+}
+
+/// A server on a free port, stopped when dropped.
+pub struct Server {
+    /// `http://127.0.0.1:PORT`
+    pub base: String,
+    /// `ws://127.0.0.1:PORT/ws`
+    pub socket: String,
+    /// Its inside.
+    pub app: std::sync::Arc<App>,
+    /// Cancel to stop.
+    pub shutdown: CancellationToken,
+    task: Option<tokio::task::JoinHandle<anyhow::Result<()>>>,
+}
+
+impl Server {
+    /// Start one with federation `test`.
+    ///
+    /// # Errors
+    /// The server's.
+    pub async fn start(settings: FederationSettings, data_dir: &Path) -> anyhow::Result<Self> {
+        Self::start_on("127.0.0.1:0", settings, data_dir).await
+    }
+
+    /// The same on a given address.
+    ///
+    /// # Errors
+    /// The server's.
+    pub async fn start_on(address: &str, settings: FederationSettings, data_dir: &Path) -> anyhow::Result<Self> {
+        let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
+        let server = ServerSettings {
+            model: nano_llava(),
+            www: repository().join("www"),
+            data_dir: data_dir.to_owned(),
+            federations: BTreeMap::from([("test".to_owned(), settings)]),
+            held_out: HeldOutSource::Demo,
+            evaluation_limit: 90,
+            merge_requests: true,
+        };
+        let shutdown = CancellationToken::new();
+        let app = std::sync::Arc::new(App::start(server, &Device::flex(), shutdown.clone()).await?);
+        let address = listener.local_addr()?;
+        let serving = app.clone();
+        let task = tokio::spawn(async move { serving.serve(listener).await });
+        Ok(Self { base: format!("http://{address}"), socket: format!("ws://{address}/ws"), app, shutdown, task: Some(task) })
+    }
+
+    /// Stop and wait.
+    ///
+    /// # Errors
+    /// The server's.
+    pub async fn stop(mut self) -> anyhow::Result<()> {
+        self.shutdown.cancel();
+        if let Some(task) = self.task.take() {
+            task.await??;
+        }
+        Ok(())
+    }
+
+    /// Host and port.
+    pub fn address(&self) -> &str {
+        self.base.trim_start_matches("http://")
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.shutdown.cancel();
+    }
+}
+
+/// An introduction.
+pub fn hello(name: &str, samples: usize, purpose: Purpose) -> Hello {
+    Hello {
+        federation: "test".into(),
+        name: name.into(),
+        kind: ClientKind::Native,
+        device: "test".into(),
+        samples: samples as u32,
+        edge_bytes: 0,
+        purpose,
+        resume: None,
+    }
+}
+
+/// A connection that only asks.
+///
+/// # Errors
+/// No connection, or a refusal.
+pub async fn asking(socket: &str) -> anyhow::Result<Asking<fednano_server::native::Socket>> {
+    let transport = SocketConnector(socket.to_owned()).connect().await?;
+    Ok(Asking::open(transport, hello("asker", 0, Purpose::Ask)).await?)
+}
+
+/// Take part over a real socket.
+///
+/// # Errors
+/// The client's.
+pub async fn take_part<O: Observer>(
+    edge: &NanoEdge,
+    cache: &FeatureCache,
+    socket: &str,
+    name: &str,
+    observer: &mut O,
+) -> anyhow::Result<Outcome> {
+    let device = Device::flex();
+    let me = Participant { hello: hello(name, cache.samples.len(), Purpose::Train), edge, cache, device: &device, max_tries: 40 };
+    let mut connector = SocketConnector(socket.to_owned());
+    Ok(participate(me, &mut connector, &fednano_server::native::TokioClock, observer).await?)
+}
+
+/// Encode a data set on the CPU.
+///
+/// # Errors
+/// The encoder's.
+pub async fn encode(edge: &NanoEdge, data: &Dataset) -> anyhow::Result<FeatureCache> {
+    Ok(edge.encode(data, |_, _| {}).await?)
+}
+
+/// Keeps what it hears, as words.
+#[derive(Default)]
+pub struct Heard(pub Vec<String>);
+
+impl Observer for Heard {
+    fn event(&mut self, event: ClientEvent<'_>) {
+        let words = match event {
+            ClientEvent::Joined { resumed, .. } => format!("joined resumed={resumed}"),
+            ClientEvent::Round { round, from_step, .. } => format!("round {round} from {from_step}"),
+            ClientEvent::Step { round, step, .. } => format!("step {round}.{step}"),
+            ClientEvent::Uploaded { round, .. } => format!("uploaded {round}"),
+            ClientEvent::NotCounted { round, .. } => format!("not counted {round}"),
+            ClientEvent::Lost { cause, .. } => format!("lost: {cause}"),
+            ClientEvent::Fisher { .. } | ClientEvent::Status(_) => return,
+        };
+        self.0.push(words);
+    }
+}
+
+/// Largest deviation over the largest reference value.
+pub fn deviation(got: &[f32], want: &[f32]) -> f64 {
+    assert_eq!(got.len(), want.len(), "lengths differ");
+    let largest = want.iter().fold(0f32, |m, v| m.max(v.abs()));
+    let worst = got.iter().zip(want).fold(0f32, |m, (g, w)| m.max((g - w).abs()));
+    if got.iter().any(|v| !v.is_finite()) { f64::INFINITY } else { f64::from(worst) / f64::from(largest).max(1e-30) }
+}
+
+/// Fail when a deviation is above its limit; the message has both.
+///
+/// # Errors
+/// Above the limit.
+pub fn close(what: &str, got: &TensorBlob, want: &TensorBlob, limit: f64) -> anyhow::Result<()> {
+    anyhow::ensure!(got.shape == want.shape, "{what}: shape {:?}, expected {:?}", got.shape, want.shape);
+    let d = deviation(&got.data, &want.data);
+    println!("{what}: deviation {d:.1e}, limit {limit:.1e}");
+    anyhow::ensure!(d <= limit, "{what}: deviation {d:.2e} is above {limit:.1e}");
+    Ok(())
+}
+
+/// [`close`] for each tensor of an adapter.
+///
+/// # Errors
+/// Above the limit.
+pub fn adapters_close(what: &str, got: &AdapterState, want: &AdapterState, limit: f64) -> anyhow::Result<()> {
+    for (name, w) in &want.0 {
+        let g = got.0.get(name).with_context(|| format!("{what} lacks {name}"))?;
+        close(&format!("{what} {name}"), g, w, limit)?;
+    }
+    Ok(())
+}

@@ -1,1 +1,179 @@
-//! x
+//! The participant's tab: `shared`'s client loop in a Web Worker, called by `www/worker.js`. Empty on every other target.
+//!
+//! | module | what |
+//! | --- | --- |
+//! | `tab` | what JavaScript sees; the only exports |
+//! | `session` | the tab's state: model, data, features, newest adapters |
+//! | `socket` | transport and clock over the browser's own |
+//! | `import` | files of a person to samples |
+//! | `gpu` | opening a device, measuring its speed |
+//! | `events` | what happens, as JSON |
+
+#[cfg(target_arch = "wasm32")]
+mod events;
+#[cfg(target_arch = "wasm32")]
+mod gpu;
+#[cfg(target_arch = "wasm32")]
+mod import;
+#[cfg(target_arch = "wasm32")]
+mod session;
+#[cfg(target_arch = "wasm32")]
+mod socket;
+
+/// The exports. Structured values cross as JSON text, errors as `Error` with "cause; remedy".
+#[cfg(target_arch = "wasm32")]
+pub mod tab {
+    use crate::import;
+    use crate::session::Session;
+    use std::collections::BTreeMap;
+    use std::fmt::Display;
+    use std::rc::Rc;
+    use std::time::Duration;
+    use wasm_bindgen::prelude::*;
+    use wasm_bindgen_futures::JsFuture;
+
+    /// One participant.
+    #[wasm_bindgen]
+    pub struct Tab {
+        session: Rc<Session>,
+    }
+
+    #[wasm_bindgen]
+    impl Tab {
+        /// Load the model's edge part: `files` maps names to `Uint8Array`, `device` is "cpu" or "webgpu".
+        pub async fn create(files: js_sys::Object, device: String) -> Result<Tab, JsValue> {
+            console_error_panic_hook::set_once();
+            let mut contents = BTreeMap::new();
+            for key in js_sys::Object::keys(&files).iter() {
+                let bytes = js_sys::Uint8Array::new(&js_sys::Reflect::get(&files, &key)?).to_vec();
+                contents.insert(key.as_string().unwrap_or_default(), bytes);
+            }
+            let session = Session::create(contents, &device).await.map_err(to_js)?;
+            Ok(Self { session: Rc::new(session) })
+        }
+
+        /// Measured GFLOP/s.
+        pub async fn speed(&self) -> Result<f64, JsValue> {
+            self.session.speed(now).await.map_err(to_js)
+        }
+
+        /// Take a generated shard as the data; a summary comes back.
+        #[wasm_bindgen(js_name = loadDemo)]
+        pub fn load_demo(&self, theme: &str, seed: u32, pictures: usize, questions: usize) -> Result<String, JsValue> {
+            self.session.load_demo(theme, seed, pictures, questions).map_err(to_js)
+        }
+
+        /// Keep a picture for [`Tab::set_questions`].
+        #[wasm_bindgen(js_name = addPicture)]
+        pub fn add_picture(&self, name: &str, width: usize, height: usize, rgba: &[u8]) -> Result<(), JsValue> {
+            self.session.add_picture(name, width, height, rgba).map_err(to_js)
+        }
+
+        /// Take the added pictures with these questions as the data; a summary comes back.
+        #[wasm_bindgen(js_name = setQuestions)]
+        pub fn set_questions(&self, file_name: &str, text: &str) -> Result<String, JsValue> {
+            self.session.set_questions(file_name, text).map_err(to_js)
+        }
+
+        /// Forget data, features and added pictures.
+        #[wasm_bindgen(js_name = clearData)]
+        pub fn clear_data(&self) {
+            self.session.clear_data();
+        }
+
+        /// Number of pictures.
+        pub fn pictures(&self) -> usize {
+            self.session.data().pictures.len()
+        }
+
+        /// RGBA bytes of a picture.
+        #[wasm_bindgen(js_name = pictureRgba)]
+        pub fn picture_rgba(&self, index: usize) -> Result<Vec<u8>, JsValue> {
+            self.session.picture(index).map(|p| import::to_rgba(&p)).map_err(to_js)
+        }
+
+        /// Width and height of a picture.
+        #[wasm_bindgen(js_name = pictureSize)]
+        pub fn picture_size(&self, index: usize) -> Result<Vec<u32>, JsValue> {
+            self.session.picture(index).map(|p| vec![p.width as u32, p.height as u32]).map_err(to_js)
+        }
+
+        /// One sample as JSON.
+        pub fn sample(&self, index: usize) -> Result<String, JsValue> {
+            self.session.sample(index).map_err(to_js)
+        }
+
+        /// Compute the frozen features of the data; `on_progress(done, all)`.
+        pub async fn encode(&self, on_progress: js_sys::Function) -> Result<(), JsValue> {
+            let report = |done: usize, all: usize| {
+                if let Err(e) = on_progress.call2(&JsValue::NULL, &JsValue::from(done as f64), &JsValue::from(all as f64)) {
+                    web_sys::console::error_1(&e);
+                }
+            };
+            self.session.encode(report).await.map_err(to_js)
+        }
+
+        /// Take part until the end; `on_event(json)` hears of everything.
+        pub async fn join(&self, options: String, on_event: js_sys::Function) -> Result<String, JsValue> {
+            let report = |json: &str| {
+                if let Err(e) = on_event.call1(&JsValue::NULL, &JsValue::from_str(json)) {
+                    web_sys::console::error_1(&e);
+                }
+            };
+            self.session.join(&options, report).await.map_err(to_js)
+        }
+
+        /// End [`Tab::join`] soon, whatever it waits for.
+        pub fn leave(&self) {
+            self.session.leave();
+        }
+
+        /// Ask about an own picture, with and without adapters.
+        pub async fn ask(&self, url: String, federation: String, picture: usize, question: String) -> Result<String, JsValue> {
+            let picture = self.session.picture(picture).map_err(to_js)?;
+            self.session.ask(url, federation, &picture, &question).await.map_err(to_js)
+        }
+
+        /// Ask about any picture, with and without adapters.
+        #[wasm_bindgen(js_name = askPicture)]
+        pub async fn ask_picture(
+            &self,
+            url: String,
+            federation: String,
+            width: usize,
+            height: usize,
+            rgba: Vec<u8>,
+            question: String,
+        ) -> Result<String, JsValue> {
+            let picture = import::from_rgba(width, height, &rgba).map_err(to_js)?;
+            self.session.ask(url, federation, &picture, &question).await.map_err(to_js)
+        }
+
+        /// The probe's results as JSON.
+        pub async fn probe(&self, url: String, federation: String) -> Result<String, JsValue> {
+            self.session.probe(url, federation).await.map_err(to_js)
+        }
+    }
+
+    /// Every error of the crate leaves through here.
+    fn to_js(error: impl Display) -> JsValue {
+        js_sys::Error::new(&error.to_string()).into()
+    }
+
+    #[wasm_bindgen]
+    extern "C" {
+        #[wasm_bindgen(js_name = setTimeout)]
+        fn set_timeout(callback: &js_sys::Function, milliseconds: f64) -> JsValue;
+        #[wasm_bindgen(js_namespace = performance, js_name = now)]
+        fn now() -> f64;
+    }
+
+    /// Ready after `time`.
+    pub(crate) fn timer(time: Duration) -> JsFuture {
+        let milliseconds = time.as_millis() as f64;
+        let promise = js_sys::Promise::new(&mut |resolve, _reject| {
+            set_timeout(&resolve, milliseconds);
+        });
+        JsFuture::from(promise)
+    }
+}

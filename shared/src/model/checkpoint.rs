@@ -355,3 +355,17 @@ fn collect_names<M: Module>(module: &M, prefix: &str) -> BTreeSet<String> {
     module.visit(&mut names);
     names.2
 }
+
+/// The client's part of a checkpoint as one f16 safetensors file.
+///
+/// # Errors
+/// One list of all missing tensors, or the library's words.
+pub fn edge_file(config: &ModelConfig, weights: &Weights) -> Result<Vec<u8>, CheckpointError> {
+    let edge = ["vision_tower.", "multi_modal_projector.", "language_model.embed_tokens."];
+    let names = weights.names().filter(|n| edge.iter().any(|p| n.starts_with(p)) && !known_unused(n, config));
+    let tensors = names
+        .map(|n| weights.read(n).map(|blob| (n.to_owned(), blob)))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|fault| CheckpointError::Tensors(vec![fault]))?;
+    write(&tensors, Storage::F16, &[]).map_err(|fault| CheckpointError::Tensors(vec![fault]))
+}

@@ -1,0 +1,193 @@
+//! The server as one function: `run(listener, settings, shutdown)`. Tests own port and lifetime.
+
+use crate::coordinator::{self, Federation, HeldOut};
+use crate::datasets;
+use crate::http::{self, EdgeFile, Site};
+use crate::llm_host::{self, LlmHandle};
+use crate::session::Shared;
+use crate::store::Store;
+use anyhow::Context;
+use burn::tensor::Device;
+use fednano_shared::data::dataset::Dataset;
+use fednano_shared::data::scene::DemoTheme;
+use fednano_shared::edge::NanoEdge;
+use fednano_shared::model::checkpoint::{edge_file, load_llm};
+use fednano_shared::model::files::{ModelFiles, SMALL_FILES};
+use fednano_shared::probe::shard;
+use fednano_shared::settings::FederationSettings;
+use fednano_shared::step::FrozenLlm;
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// Where the held-out samples come from.
+#[derive(Debug, Clone)]
+pub enum HeldOutSource {
+    /// Generated demo scenes of all themes that no participant is given.
+    Demo,
+    /// A data set.
+    Data(Dataset),
+}
+
+/// Validated settings of a server.
+pub struct ServerSettings {
+    /// Model directory.
+    pub model: PathBuf,
+    /// Folder of the page.
+    pub www: PathBuf,
+    /// Results.
+    pub data_dir: PathBuf,
+    /// Federations by name.
+    pub federations: BTreeMap<String, FederationSettings>,
+    /// Evaluation set.
+    pub held_out: HeldOutSource,
+    /// Samples of it that are used after each round (0: all).
+    pub evaluation_limit: usize,
+    /// Requests of several clients may share a batch.
+    pub merge_requests: bool,
+}
+
+/// Seed of demo scenes kept for evaluation; shards of participants use others.
+pub const HELD_OUT_SEED: u64 = 1 << 40;
+/// Sessions are given this long to say goodbye.
+const GOODBYE: Duration = Duration::from_secs(5);
+
+/// A server that is ready to listen.
+pub struct App {
+    site: Arc<Site>,
+    /// The evaluation set, for callers that want more than the rounds' figures.
+    pub held_out: Arc<HeldOut>,
+}
+
+impl App {
+    /// Load the model, encode the held-out set, start the federations.
+    ///
+    /// # Errors
+    /// A model or a data directory that cannot be used.
+    pub async fn start(settings: ServerSettings, device: &Device, shutdown: CancellationToken) -> anyhow::Result<Self> {
+        let files = ModelFiles::open(&settings.model)
+            .with_context(|| format!("the model directory {} cannot be used", settings.model.display()))?;
+        let edge = Arc::new(NanoEdge::load(&files, device)?);
+        let autodiff = device.clone().autodiff();
+        let llm = FrozenLlm::new(load_llm(&files.config, &files.weights, &autodiff)?, &files.config.text, &autodiff);
+        let llm = llm_host::start(llm, settings.merge_requests)?;
+        let edge_files = edge_files(&settings.model, &files)?;
+        let model = edge_files["edge.safetensors"].sha256().to_owned();
+        let data = match settings.held_out {
+            HeldOutSource::Data(data) => data,
+            HeldOutSource::Demo => demo_held_out(),
+        };
+        let cache = edge.encode(&data, |_, _| {}).await.context("the held-out set cannot be used")?;
+        let mut rows: Vec<usize> = (0..cache.samples.len()).collect();
+        rows.shuffle(&mut ChaCha8Rng::seed_from_u64(0));
+        if settings.evaluation_limit > 0 {
+            rows.truncate(settings.evaluation_limit);
+        }
+        let held_out = Arc::new(HeldOut { edge, cache, rows, device: device.clone() });
+        let mut federations = BTreeMap::new();
+        for (name, federation) in settings.federations {
+            check_name(&name)?;
+            let store = Store::open(&settings.data_dir, &name)?;
+            let handle = coordinator::start(
+                &name, federation, &model, files.config.text.hidden, llm.clone(), held_out.clone(), store,
+            )?;
+            federations.insert(name, handle);
+        }
+        let name = settings.model.file_name().map_or_else(|| "model".to_owned(), |n| n.to_string_lossy().into_owned());
+        let shared = Shared { federations, llm, shutdown };
+        let site = Site { shared, edge: edge_files, model: name, www: settings.www, sessions: TaskTracker::new() };
+        Ok(Self { site: Arc::new(site), held_out })
+    }
+
+    /// What sessions share; a channel can be served with it as well as a socket.
+    pub fn shared(&self) -> Shared {
+        self.site.shared.clone()
+    }
+
+    /// A federation by name.
+    pub fn federation(&self, name: &str) -> Option<Federation> {
+        self.site.shared.federations.get(name).cloned()
+    }
+
+    /// The LLM.
+    pub fn llm(&self) -> LlmHandle {
+        self.site.shared.llm.clone()
+    }
+
+    /// Serve until the shutdown token is cancelled; sessions are told and waited for.
+    ///
+    /// # Errors
+    /// The listener's.
+    pub async fn serve(&self, listener: TcpListener) -> anyhow::Result<()> {
+        let shutdown = self.site.shared.shutdown.clone();
+        http::serve(listener, self.site.clone(), shutdown.cancelled_owned()).await?;
+        self.site.sessions.close();
+        if tokio::time::timeout(GOODBYE, self.site.sessions.wait()).await.is_err() {
+            tracing::warn!("some sessions did not end in time");
+        }
+        Ok(())
+    }
+}
+
+/// Bind, with an error that names the remedy.
+///
+/// # Errors
+/// A port in use, an address that is not this machine's.
+pub async fn bind(listen: &str) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(listen).await.map_err(|e| match e.kind() {
+        std::io::ErrorKind::AddrInUse => {
+            anyhow::anyhow!("the address {listen} is in use, perhaps by another fednano; stop it or choose another port with --listen")
+        }
+        _ => anyhow::anyhow!("cannot listen on {listen}: {e}; give --listen ADDRESS:PORT of this machine"),
+    })
+}
+
+fn check_name(name: &str) -> anyhow::Result<()> {
+    let fine = !name.is_empty() && name.len() <= 40 && name.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c));
+    anyhow::ensure!(fine, "'{name}' is no federation name; use 1 to 40 letters, digits, '-' or '_'");
+    Ok(())
+}
+
+/// Scenes of every theme, from a seed that no shard uses.
+pub fn demo_held_out() -> Dataset {
+    let mut all = Dataset::default();
+    for theme in DemoTheme::ALL {
+        let data = shard(theme, HELD_OUT_SEED, 40, 5);
+        let offset = all.pictures.len();
+        all.pictures.extend(data.pictures);
+        all.samples.extend(data.samples.into_iter().map(|mut s| {
+            s.picture += offset;
+            s
+        }));
+    }
+    all
+}
+
+fn edge_files(dir: &Path, files: &ModelFiles) -> anyhow::Result<BTreeMap<String, EdgeFile>> {
+    let mut out = BTreeMap::new();
+    for name in SMALL_FILES {
+        if let Ok(bytes) = std::fs::read(dir.join(name)) {
+            out.insert(name.to_owned(), EdgeFile::new(bytes));
+        }
+    }
+    out.insert("edge.safetensors".to_owned(), EdgeFile::new(edge_file(&files.config, &files.weights)?));
+    Ok(out)
+}
+
+/// Read a data set for evaluation.
+///
+/// # Errors
+/// As [`datasets::open`].
+pub fn held_out_from(path: Option<&Path>) -> anyhow::Result<HeldOutSource> {
+    Ok(match path {
+        Some(path) => HeldOutSource::Data(datasets::open(path)?),
+        None => HeldOutSource::Demo,
+    })
+}

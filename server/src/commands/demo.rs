@@ -1,0 +1,241 @@
+//! `fednano demo`: a server with participants, to look at or, headless, to check that everything works together.
+
+use super::SettingFlags;
+use super::join::take_part;
+use super::serve::cancel_on_signal;
+use crate::app::{App, HeldOutSource, ServerSettings, bind};
+use crate::device::DeviceChoice;
+use anyhow::Context;
+use fednano_shared::data::scene::DemoTheme;
+use fednano_shared::probe::shard;
+use fednano_shared::settings::FederationSettings;
+use fednano_shared::wire::{ClientKind, ParticipantId, Status};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+use tokio_util::sync::CancellationToken;
+
+/// A server with nano-llava and participants: your browser, or headless ones.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Model directory.
+    #[arg(long, default_value = "server/models/nano-llava")]
+    model: PathBuf,
+    /// Folder of the page.
+    #[arg(long, default_value = "www")]
+    www: PathBuf,
+    /// Address to listen on.
+    #[arg(long, default_value = "127.0.0.1:8080")]
+    listen: String,
+    /// Where the LLM runs.
+    #[arg(long, value_enum, default_value = "auto")]
+    device: DeviceChoice,
+    /// Take part with so many headless Chromium tabs instead of a person's (the third is forced onto WebGPU), print one JSON
+    /// line, end.
+    #[arg(long)]
+    headless: Option<usize>,
+    /// Native participants.
+    #[arg(long)]
+    native: Option<usize>,
+    /// Pictures of each participant's shard.
+    #[arg(long, default_value_t = 24)]
+    pictures: usize,
+    /// Questions a picture.
+    #[arg(long, default_value_t = 4)]
+    questions: usize,
+    /// A headless demo that takes longer has failed, seconds.
+    #[arg(long, default_value_t = 1500)]
+    timeout: u64,
+    #[command(flatten)]
+    settings: SettingFlags,
+}
+
+/// Run it.
+///
+/// # Errors
+/// Anything that keeps it from starting; headless also when accuracy did not rise or a tab missed a round.
+pub async fn main(args: &Args) -> anyhow::Result<()> {
+    let tabs = args.headless.unwrap_or(0);
+    let native = args.native.unwrap_or(if tabs == 0 { 2 } else { 0 });
+    // The person's tab is one more.
+    let expected = native + tabs.max(usize::from(args.headless.is_none()));
+    let defaults = FederationSettings { min_participants: expected, rounds: if tabs > 0 { 3 } else { 5 }, local_epochs: 2, ..Default::default() };
+    let settings = args.settings.settings(defaults)?;
+    let listen = if tabs > 0 { "127.0.0.1:0" } else { &args.listen };
+    let listener = bind(listen).await?;
+    let (device, device_name) = args.device.open()?;
+    let folder = std::env::temp_dir().join(format!("fednano-demo-{}", std::process::id()));
+    let server = ServerSettings {
+        model: args.model.clone(),
+        www: args.www.clone(),
+        data_dir: folder.clone(),
+        federations: BTreeMap::from([("demo".to_owned(), settings.clone())]),
+        held_out: HeldOutSource::Demo,
+        evaluation_limit: 0,
+        merge_requests: true,
+    };
+    anyhow::ensure!(args.www.join("pkg/fednano_web.js").exists(), "{} holds no built page; run `just web` first", args.www.display());
+    let shutdown = CancellationToken::new();
+    let app = App::start(server, &device, shutdown.clone()).await?;
+    let link = format!("http://{}/?federation=demo", listener.local_addr()?);
+    let federation = app.federation("demo").context("the federation did not start")?;
+    let started = Instant::now();
+    for number in 0..native {
+        join_in_background(number, link.clone(), args.pictures, args.questions)?;
+    }
+    let mut browsers = Browsers::default();
+    if tabs == 0 {
+        println!("the LLM runs on {device_name}; two native participants are in and wait for you\n\n  open {link}\n\nCtrl-C ends the demo");
+        cancel_on_signal(shutdown.clone());
+        let end = shutdown.clone();
+        tokio::select! {
+            served = app.serve(listener) => served?,
+            status = async {
+                let status = federation.finished().await;
+                println!("\nall rounds are done: held-out accuracy {}", accuracies(&status));
+                println!("the page stays open for questions until Ctrl-C");
+                end.cancelled().await;
+                tokio::time::sleep(Duration::from_secs(2)).await;
+                status
+            } => drop(status),
+        }
+        drop(std::fs::remove_dir_all(&folder));
+        return Ok(());
+    }
+    for number in 0..tabs {
+        browsers.open(number, &link, args)?;
+    }
+    let status = tokio::select! {
+        served = app.serve(listener) => {
+            served?;
+            anyhow::bail!("the server stopped");
+        }
+        status = federation.finished() => status,
+        () = tokio::time::sleep(Duration::from_secs(args.timeout)) => {
+            let status = federation.status();
+            browsers.close();
+            anyhow::bail!("not finished after {} s; the federation stands at {}", args.timeout, serde_json::to_string(&status)?);
+        }
+    };
+    browsers.close();
+    drop(std::fs::remove_dir_all(&folder));
+    println!("{}", report(&status, started.elapsed().as_secs_f64()));
+    judge(&status, tabs)
+}
+
+fn accuracies(status: &Status) -> String {
+    status.history.iter().map(|r| format!("{:.1} %", r.held_out.accuracy * 100.0)).collect::<Vec<_>>().join(" -> ")
+}
+
+/// A native participant over the real socket, on a thread of its own.
+fn join_in_background(number: usize, link: String, pictures: usize, questions: usize) -> anyhow::Result<()> {
+    let theme = DemoTheme::ALL[number % DemoTheme::ALL.len()];
+    std::thread::Builder::new().name(format!("native-{number}")).spawn(move || {
+        let data = shard(theme, 1 + number as u64, pictures, questions);
+        let name = format!("native-{}", theme.name());
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let result = match runtime {
+            Ok(runtime) => runtime.block_on(take_part(&link, &name, &data, DeviceChoice::Cpu, 60)).map(drop),
+            Err(e) => Err(e.into()),
+        };
+        if let Err(e) = result {
+            eprintln!("[{name}] {e:#}");
+        }
+    })?;
+    Ok(())
+}
+
+/// One JSON line: accuracy before and after each round, who took part, bytes, seconds.
+fn report(status: &Status, seconds: f64) -> serde_json::Value {
+    let name = |id: &ParticipantId| status.participants.iter().find(|p| p.id == *id).map_or("?", |p| p.name.as_str());
+    let rounds: Vec<_> = status
+        .history
+        .windows(2)
+        .map(|pair| {
+            serde_json::json!({
+                "round": pair[1].round, "accuracy_before": pair[0].held_out.accuracy, "accuracy_after": pair[1].held_out.accuracy,
+                "participants": pair[1].participants.iter().map(name).collect::<Vec<_>>(), "seconds": pair[1].seconds,
+            })
+        })
+        .collect();
+    let participants: BTreeMap<_, _> = status
+        .participants
+        .iter()
+        .map(|p| (p.name.clone(), serde_json::json!({"kind": p.kind, "device": p.device, "samples": p.samples, "bytes": p.traffic})))
+        .collect();
+    serde_json::json!({"rounds": rounds, "participants": participants, "seconds": seconds})
+}
+
+fn judge(status: &Status, tabs: usize) -> anyhow::Result<()> {
+    let accuracy = |r: Option<&fednano_shared::wire::RoundResult>| r.map_or(0.0, |r| r.held_out.accuracy);
+    let (first, last) = (accuracy(status.history.first()), accuracy(status.history.last()));
+    anyhow::ensure!(last > first, "held-out accuracy did not rise: {first:.3} before, {last:.3} after");
+    let all: Vec<ParticipantId> = status.participants.iter().filter(|p| p.kind == ClientKind::Tab).map(|p| p.id).collect();
+    anyhow::ensure!(all.len() == tabs, "{} tabs joined, expected {tabs}", all.len());
+    for r in status.history.iter().skip(1) {
+        anyhow::ensure!(all.iter().all(|t| r.participants.contains(t)), "round {} was merged without some tab: {:?}", r.round, r.participants);
+    }
+    Ok(())
+}
+
+/// Headless browsers, ended when dropped.
+#[derive(Default)]
+struct Browsers(Vec<(Child, PathBuf)>);
+
+/// How the third tab's browser gets WebGPU without a GPU.
+pub const SOFTWARE_WEBGPU: [&str; 2] = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"];
+
+impl Browsers {
+    fn open(&mut self, number: usize, link: &str, args: &Args) -> anyhow::Result<()> {
+        let program = chromium()?;
+        let webgpu = number == 2;
+        let theme = DemoTheme::ALL[number % DemoTheme::ALL.len()].name();
+        let (device, name) = if webgpu { ("webgpu", "tab-webgpu".to_owned()) } else { ("cpu", format!("tab-cpu-{}", number + 1)) };
+        let url = format!(
+            "{link}&auto=1&device={device}&name={name}&shard={theme}&seed={}&pictures={}&questions={}",
+            number + 1, args.pictures, args.questions
+        );
+        let profile = std::env::temp_dir().join(format!("fednano-tab-{}-{number}", std::process::id()));
+        let mut command = Command::new(program);
+        command.args(["--headless=new", "--no-sandbox", "--no-first-run", "--disable-background-networking", "--disable-component-update"]);
+        command.args(["--disable-sync", "--disable-background-timer-throttling", "--disable-renderer-backgrounding"]);
+        if webgpu {
+            command.args(SOFTWARE_WEBGPU);
+        }
+        command.arg(format!("--user-data-dir={}", profile.display())).arg(url);
+        let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().context("Chromium does not start")?;
+        self.0.push((child, profile));
+        Ok(())
+    }
+
+    fn close(&mut self) {
+        for (mut child, profile) in self.0.drain(..) {
+            drop(child.kill());
+            drop(child.wait());
+            drop(std::fs::remove_dir_all(profile));
+        }
+    }
+}
+
+impl Drop for Browsers {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+/// The installed Chromium.
+///
+/// # Errors
+/// None is found.
+pub fn chromium() -> anyhow::Result<PathBuf> {
+    if let Some(path) = std::env::var_os("CHROMIUM") {
+        return Ok(path.into());
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    ["chromium", "chromium-browser", "google-chrome"]
+        .iter()
+        .flat_map(|name| std::env::split_paths(&path).map(move |dir| dir.join(name)))
+        .find(|p| p.is_file())
+        .context("no Chromium is installed; run `just setup`, or name one in the variable CHROMIUM")
+}

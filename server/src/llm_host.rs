@@ -1,0 +1,163 @@
+//! The thread that owns the frozen LLM and its device. Tensor work blocks for long and a device wants one owner, so it runs
+//! on an OS thread of its own behind a bounded queue, never on the runtime's workers.
+//!
+//! Requests of several clients that wait at the same time are computed as one batch where their lengths are alike.
+
+use fednano_shared::plain::{BoundaryReply, BoundaryRequest, EvaluationReply};
+use fednano_shared::step::{BoundaryError, FrozenLlm, LlmBoundary};
+use fednano_shared::wire::{Fault, FaultCode};
+use tokio::sync::{mpsc, oneshot};
+
+/// Requests waiting; when full, senders wait too (each session has few under way, so this bounds memory).
+const QUEUE: usize = 64;
+/// Rows that are merged into one batch at most.
+const MERGED_ROWS: usize = 32;
+
+enum Job {
+    Train(BoundaryRequest, oneshot::Sender<Result<BoundaryReply, Fault>>),
+    Evaluate(BoundaryRequest, oneshot::Sender<Result<EvaluationReply, Fault>>),
+}
+
+/// A cheap handle to the host.
+#[derive(Clone)]
+pub struct LlmHandle {
+    jobs: mpsc::Sender<Job>,
+}
+
+/// Start the thread; it ends when the last handle is gone. `merge` off makes results independent of what else is waiting
+/// (float sums depend on the batch), for seeded simulation.
+///
+/// # Errors
+/// When the system refuses a thread.
+pub fn start(llm: FrozenLlm, merge: bool) -> std::io::Result<LlmHandle> {
+    let (jobs, queue) = mpsc::channel(QUEUE);
+    std::thread::Builder::new().name("llm".into()).spawn(move || serve(&llm, queue, merge))?;
+    Ok(LlmHandle { jobs })
+}
+
+impl LlmHandle {
+    /// Loss and gradient of a batch.
+    ///
+    /// # Errors
+    /// A [`Fault`] for the client.
+    pub async fn train(&self, request: BoundaryRequest) -> Result<BoundaryReply, Fault> {
+        self.ask(|reply| Job::Train(request, reply)).await
+    }
+
+    /// Forward only.
+    ///
+    /// # Errors
+    /// A [`Fault`] for the client.
+    pub async fn evaluate(&self, request: BoundaryRequest) -> Result<EvaluationReply, Fault> {
+        self.ask(|reply| Job::Evaluate(request, reply)).await
+    }
+
+    async fn ask<R>(&self, job: impl FnOnce(oneshot::Sender<Result<R, Fault>>) -> Job) -> Result<R, Fault> {
+        let (sender, receiver) = oneshot::channel();
+        let gone = || server_fault("the LLM's thread has ended");
+        self.jobs.send(job(sender)).await.map_err(|_| gone())?;
+        receiver.await.map_err(|_| gone())?
+    }
+}
+
+/// The server's own evaluation goes through the same door as its clients.
+impl LlmBoundary for LlmHandle {
+    async fn train(&mut self, request: BoundaryRequest) -> Result<BoundaryReply, BoundaryError> {
+        LlmHandle::train(self, request).await.map_err(|f| BoundaryError::Refused(f.to_string()))
+    }
+
+    async fn evaluate(&mut self, request: BoundaryRequest) -> Result<EvaluationReply, BoundaryError> {
+        LlmHandle::evaluate(self, request).await.map_err(|f| BoundaryError::Refused(f.to_string()))
+    }
+}
+
+fn server_fault(cause: &str) -> Fault {
+    Fault { code: FaultCode::Server, cause: cause.into(), remedy: "try again in a moment; if it stays, restart the server".into() }
+}
+
+fn invalid(cause: String) -> Fault {
+    Fault { code: FaultCode::Invalid, cause, remedy: "send finite activations of the model's shape; reload the page if training diverged".into() }
+}
+
+fn serve(llm: &FrozenLlm, mut queue: mpsc::Receiver<Job>, merge: bool) {
+    let mut waiting = std::collections::VecDeque::new();
+    loop {
+        if waiting.is_empty() {
+            match queue.blocking_recv() {
+                Some(job) => waiting.push_back(job),
+                None => return,
+            }
+        }
+        while let Ok(job) = queue.try_recv() {
+            waiting.push_back(job);
+        }
+        match waiting.pop_front() {
+            Some(Job::Evaluate(request, reply)) if !reply.is_closed() => {
+                let result = match llm.check(&request) {
+                    Ok(()) => block_on(llm.evaluate(&request)).map_err(|e| server_fault(&e.to_string())),
+                    Err(e) => Err(invalid(e.to_string())),
+                };
+                drop(reply.send(result));
+            }
+            Some(Job::Train(request, reply)) if !reply.is_closed() => {
+                let mut group = vec![(request, reply)];
+                if merge {
+                    take_alike(&mut group, &mut waiting);
+                }
+                train(llm, group);
+            }
+            // Its client is gone.
+            _ => {}
+        }
+    }
+}
+
+type TrainJob = (BoundaryRequest, oneshot::Sender<Result<BoundaryReply, Fault>>);
+
+/// Move waiting training requests of like length into the group.
+fn take_alike(group: &mut Vec<TrainJob>, waiting: &mut std::collections::VecDeque<Job>) {
+    let seq = |r: &BoundaryRequest| r.hidden.shape.get(1).copied().unwrap_or(0);
+    let mut rows = group[0].0.lengths.len();
+    let (low, high) = (seq(&group[0].0) * 4 / 5, seq(&group[0].0) * 5 / 4);
+    let mut rest = std::collections::VecDeque::new();
+    while let Some(job) = waiting.pop_front() {
+        match job {
+            Job::Train(r, reply) if (low..=high).contains(&seq(&r)) && rows + r.lengths.len() <= MERGED_ROWS && !reply.is_closed() => {
+                rows += r.lengths.len();
+                group.push((r, reply));
+            }
+            other => rest.push_back(other),
+        }
+    }
+    *waiting = rest;
+}
+
+fn train(llm: &FrozenLlm, group: Vec<TrainJob>) {
+    let (mut sound, mut replies) = (Vec::new(), Vec::new());
+    for (request, reply) in group {
+        let fault = match llm.check(&request) {
+            Err(e) => Some(invalid(e.to_string())),
+            Ok(()) if request.targets.is_empty() => Some(invalid("a training batch has no target token".into())),
+            Ok(()) => None,
+        };
+        match fault {
+            Some(fault) => drop(reply.send(Err(fault))),
+            None => {
+                sound.push(request);
+                replies.push(reply);
+            }
+        }
+    }
+    if sound.is_empty() {
+        return;
+    }
+    match block_on(llm.train(&sound.iter().collect::<Vec<_>>())) {
+        Ok(results) => replies.into_iter().zip(results).for_each(|(reply, r)| drop(reply.send(Ok(r)))),
+        Err(e) => replies.into_iter().for_each(|reply| drop(reply.send(Err(server_fault(&e.to_string()))))),
+    }
+}
+
+/// Native device reads are ready at once; nothing here needs a reactor.
+fn block_on<F: std::future::Future>(future: F) -> F::Output {
+    futures_executor::block_on(future)
+}

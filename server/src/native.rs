@@ -1,0 +1,212 @@
+//! A participant outside the browser: invite link, edge download, socket, clock, lines on a terminal; and a channel that
+//! stands in for a socket in simulation and tests.
+
+use crate::session::SocketFault;
+use anyhow::Context;
+use fednano_shared::client::{ClientEvent, Clock, Connector, Observer, Transport, TransportError};
+use fednano_shared::model::files::ModelFiles;
+use fednano_shared::wire::MAX_FRAME;
+use futures_channel::mpsc;
+use futures_util::{Sink, SinkExt, Stream, StreamExt};
+use sha2::{Digest, Sha256};
+use std::collections::BTreeMap;
+use std::pin::Pin;
+use std::task::Poll;
+use std::time::Duration;
+use tokio::net::TcpStream;
+use tokio_tungstenite::tungstenite::{Message, protocol::WebSocketConfig};
+use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
+use url::Url;
+
+/// An invite link, taken apart.
+#[derive(Debug, Clone)]
+pub struct Invite {
+    /// Base of the server, ends in '/'.
+    pub base: Url,
+    /// WebSocket address.
+    pub socket: String,
+    /// Federation.
+    pub federation: String,
+}
+
+impl Invite {
+    /// Parse `http://host:port/?federation=NAME`.
+    ///
+    /// # Errors
+    /// What is missing.
+    pub fn parse(link: &str) -> anyhow::Result<Self> {
+        let url = Url::parse(link).with_context(|| format!("'{link}' is no address; copy the whole invite link"))?;
+        let scheme = match url.scheme() {
+            "http" => "ws",
+            "https" => "wss",
+            other => anyhow::bail!("'{link}' begins with {other}:, an invite link begins with http: or https:"),
+        };
+        let federation = url.query_pairs().find(|(k, _)| k == "federation").map(|(_, v)| v.into_owned());
+        let federation = federation.with_context(|| format!("'{link}' names no federation; it should end in /?federation=NAME"))?;
+        let base = url.join("./")?;
+        let mut socket = base.join("ws")?;
+        socket.set_scheme(scheme).map_err(|()| anyhow::anyhow!("'{link}' cannot be turned into a WebSocket address"))?;
+        Ok(Self { base, socket: socket.to_string(), federation })
+    }
+}
+
+/// Download the client part of the server's model and check it. Returns it with the bytes downloaded.
+///
+/// # Errors
+/// No server, or files that differ from their hash.
+pub fn fetch_edge(invite: &Invite) -> anyhow::Result<(ModelFiles, u64)> {
+    let get = |path: &str| -> anyhow::Result<Vec<u8>> {
+        let url = invite.base.join(path)?;
+        let response = ureq::get(url.as_str()).call();
+        let mut response = response.with_context(|| format!("cannot fetch {url}; is the server running, and the link right?"))?;
+        Ok(response.body_mut().with_config().limit(8 << 30).read_to_vec()?)
+    };
+    let manifest: serde_json::Value = serde_json::from_slice(&get("edge/manifest.json")?)
+        .with_context(|| format!("{} is no FedNano server", invite.base))?;
+    let mut files = BTreeMap::new();
+    let mut total = 0;
+    for file in manifest["files"].as_array().into_iter().flatten() {
+        let (Some(name), Some(hash)) = (file["name"].as_str(), file["sha256"].as_str()) else { continue };
+        let bytes = get(&format!("edge/{name}"))?;
+        let found: String = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
+        anyhow::ensure!(found == hash, "{name} arrived damaged; try again");
+        total += bytes.len() as u64;
+        files.insert(name.to_owned(), bytes);
+    }
+    Ok((ModelFiles::from_bytes(files)?, total))
+}
+
+/// Connects to a server's WebSocket.
+pub struct SocketConnector(pub String);
+
+/// A native WebSocket.
+pub struct Socket(WebSocketStream<MaybeTlsStream<TcpStream>>);
+
+impl Connector for SocketConnector {
+    type Transport = Socket;
+
+    async fn connect(&mut self) -> Result<Socket, TransportError> {
+        let config = WebSocketConfig::default().max_message_size(Some(MAX_FRAME)).max_frame_size(Some(MAX_FRAME));
+        match tokio_tungstenite::connect_async_with_config(&self.0, Some(config), true).await {
+            Ok((socket, _)) => Ok(Socket(socket)),
+            Err(e) => Err(TransportError::Lost(format!("no connection to {}: {e}", self.0))),
+        }
+    }
+}
+
+impl Transport for Socket {
+    async fn send(&mut self, frame: Vec<u8>) -> Result<(), TransportError> {
+        self.0.send(Message::Binary(frame.into())).await.map_err(|e| TransportError::Lost(format!("the connection broke: {e}")))
+    }
+
+    async fn receive(&mut self) -> Result<Vec<u8>, TransportError> {
+        loop {
+            match self.0.next().await {
+                Some(Ok(Message::Binary(bytes))) => return Ok(bytes.into()),
+                Some(Ok(Message::Close(_))) | None => return Err(TransportError::Lost("the server closed the connection".into())),
+                Some(Ok(_)) => {}
+                Some(Err(e)) => return Err(TransportError::Lost(format!("the connection broke: {e}"))),
+            }
+        }
+    }
+}
+
+/// Frames that wait in a channel; when full, the sender waits.
+const CHANNEL: usize = 8;
+
+/// The server's end of a channel, in place of a socket.
+pub struct ServerEnd {
+    incoming: mpsc::Receiver<Vec<u8>>,
+    outgoing: mpsc::Sender<Vec<u8>>,
+}
+
+/// The client's end.
+pub struct ClientEnd {
+    incoming: mpsc::Receiver<Vec<u8>>,
+    outgoing: mpsc::Sender<Vec<u8>>,
+}
+
+/// A pair of connected ends.
+pub fn channel() -> (ServerEnd, ClientEnd) {
+    let ((up, server_in), (down, client_in)) = (mpsc::channel(CHANNEL), mpsc::channel(CHANNEL));
+    (ServerEnd { incoming: server_in, outgoing: down }, ClientEnd { incoming: client_in, outgoing: up })
+}
+
+impl Stream for ServerEnd {
+    type Item = Result<Vec<u8>, SocketFault>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut std::task::Context<'_>) -> Poll<Option<Self::Item>> {
+        self.incoming.poll_next_unpin(cx).map(|frame| frame.map(Ok))
+    }
+}
+
+impl Sink<Vec<u8>> for ServerEnd {
+    type Error = mpsc::SendError;
+
+    fn poll_ready(mut self: Pin<&mut Self>, cx: &mut std::task::Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.outgoing.poll_ready_unpin(cx)
+    }
+    fn start_send(mut self: Pin<&mut Self>, frame: Vec<u8>) -> Result<(), Self::Error> {
+        self.outgoing.start_send_unpin(frame)
+    }
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut std::task::Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.outgoing.poll_flush_unpin(cx)
+    }
+    fn poll_close(mut self: Pin<&mut Self>, cx: &mut std::task::Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.outgoing.poll_close_unpin(cx)
+    }
+}
+
+impl Transport for ClientEnd {
+    async fn send(&mut self, frame: Vec<u8>) -> Result<(), TransportError> {
+        self.outgoing.send(frame).await.map_err(|_| TransportError::Lost("the session ended".into()))
+    }
+
+    async fn receive(&mut self) -> Result<Vec<u8>, TransportError> {
+        self.incoming.next().await.ok_or_else(|| TransportError::Lost("the session ended".into()))
+    }
+}
+
+/// Connects to a server in the same process.
+pub struct ChannelConnector(pub crate::session::Shared);
+
+impl Connector for ChannelConnector {
+    type Transport = ClientEnd;
+
+    async fn connect(&mut self) -> Result<ClientEnd, TransportError> {
+        let (server, client) = channel();
+        tokio::spawn(crate::session::run(server, self.0.clone()));
+        Ok(client)
+    }
+}
+
+/// tokio's clock.
+pub struct TokioClock;
+
+impl Clock for TokioClock {
+    async fn sleep(&self, time: Duration) {
+        tokio::time::sleep(time).await;
+    }
+}
+
+/// Tells of a participation in lines.
+pub struct Lines(pub String);
+
+impl Observer for Lines {
+    fn event(&mut self, event: ClientEvent<'_>) {
+        let who = &self.0;
+        match event {
+            ClientEvent::Joined { participant, resumed, .. } => {
+                println!("[{who}] {} as participant {}", if resumed { "back" } else { "joined" }, participant.0);
+            }
+            ClientEvent::Round { round, from_step, steps, .. } => println!("[{who}] round {round}: {steps} steps, from step {from_step}"),
+            ClientEvent::Step { round, step, steps, loss, .. } if step == steps || step % 10 == 0 => {
+                println!("[{who}] round {round}: step {step}/{steps}, loss {loss:.3}");
+            }
+            ClientEvent::Uploaded { round, .. } => println!("[{who}] round {round}: update accepted"),
+            ClientEvent::NotCounted { round, fault } => println!("[{who}] round {round}: update not counted: {fault}"),
+            ClientEvent::Lost { cause, retry_in } => println!("[{who}] {cause}; trying again in {:.1} s", retry_in.as_secs_f64()),
+            ClientEvent::Step { .. } | ClientEvent::Fisher { .. } | ClientEvent::Status(_) => {}
+        }
+    }
+}

@@ -1,0 +1,327 @@
+//! One connection: handshake, then requests, updates and messages until it ends. Generic over the socket, so that tests and
+//! the simulator run it over channels.
+
+use crate::coordinator::{Federation, only_asks};
+use crate::llm_host::LlmHandle;
+use fednano_shared::plain::{BoundaryReply, EvaluationReply};
+use fednano_shared::wire::{self, ClientMessage, Fault, FaultCode, Hello, ParticipantId, ServerMessage, Traffic};
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use futures_util::{Sink, SinkExt, Stream};
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::pin::Pin;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+/// A connection must introduce itself within this time.
+const HANDSHAKE: Duration = Duration::from_secs(20);
+/// Requests of one session under way; one more is refused.
+const IN_FLIGHT: usize = 4;
+/// A peer that takes nothing for so long is gone.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What a socket yields instead of a frame.
+#[derive(Debug)]
+pub enum SocketFault {
+    /// Larger than allowed.
+    TooLarge,
+    /// Text where binary frames are spoken.
+    NotBinary,
+    /// Closed or broken, in the normal course of life.
+    Closed,
+}
+
+/// What all sessions share.
+#[derive(Clone)]
+pub struct Shared {
+    /// By id.
+    pub federations: BTreeMap<String, Federation>,
+    /// The LLM.
+    pub llm: LlmHandle,
+    /// Cancelled at shutdown.
+    pub shutdown: CancellationToken,
+}
+
+enum Computed {
+    Trained(u64, Result<BoundaryReply, Fault>),
+    Evaluated(u64, Result<EvaluationReply, Fault>),
+}
+
+type InFlight = FuturesUnordered<Pin<Box<dyn Future<Output = Computed> + Send>>>;
+
+/// Serve one connection to its end.
+pub async fn run<S>(mut socket: S, shared: Shared)
+where
+    S: Stream<Item = Result<Vec<u8>, SocketFault>> + Sink<Vec<u8>> + Unpin + Send,
+{
+    match handshake(&mut socket, &shared).await {
+        Ok(Some(mut session)) => {
+            let (id, connection) = (session.id, session.connection);
+            let end = session.serve(&mut socket, &shared).await;
+            session.report().await;
+            if let Some(id) = id {
+                match end {
+                    End::Left => session.federation.left(id).await,
+                    End::Lost => session.federation.lost(id, connection).await,
+                }
+            }
+        }
+        Ok(None) => {}
+        Err(fault) => refuse(&mut socket, fault).await,
+    }
+    drop(socket.close().await);
+}
+
+async fn refuse<S: Sink<Vec<u8>> + Unpin>(socket: &mut S, fault: Fault) {
+    tracing::info!(code = ?fault.code, "refused: {}", fault.cause);
+    drop(socket.send(wire::encode(&ServerMessage::Refused(fault))).await);
+}
+
+fn out_of_order(cause: &str) -> Fault {
+    Fault {
+        code: FaultCode::OutOfOrder,
+        cause: cause.into(),
+        remedy: "the first message must be one Hello; use a FedNano client of the server's version".into(),
+    }
+}
+
+/// Read one frame as a message; `None` when the connection is over.
+fn message(frame: Option<Result<Vec<u8>, SocketFault>>) -> Result<Option<(ClientMessage, usize)>, Fault> {
+    match frame {
+        Some(Ok(frame)) => wire::decode(&frame).map(|m| Some((m, frame.len()))).map_err(|e| e.fault()),
+        Some(Err(SocketFault::TooLarge)) => Err(wire::WireError::TooLarge(wire::MAX_FRAME + 1).fault()),
+        Some(Err(SocketFault::NotBinary)) => Err(wire::WireError::NotAFrame(0).fault()),
+        // No close frame, no fault: tabs vanish.
+        Some(Err(SocketFault::Closed)) | None => Ok(None),
+    }
+}
+
+async fn handshake<S>(socket: &mut S, shared: &Shared) -> Result<Option<Session>, Fault>
+where
+    S: Stream<Item = Result<Vec<u8>, SocketFault>> + Sink<Vec<u8>> + Unpin,
+{
+    let Ok(frame) = tokio::time::timeout(HANDSHAKE, socket.next()).await else {
+        return Err(out_of_order("no Hello arrived in time"));
+    };
+    let (hello, length) = match message(frame)? {
+        Some((ClientMessage::Hello(hello), length)) => (hello, length),
+        Some(_) => return Err(out_of_order("the first message is not a Hello")),
+        None => return Ok(None),
+    };
+    check(&hello)?;
+    let Some(federation) = shared.federations.get(&hello.federation).cloned() else {
+        let known: Vec<&str> = shared.federations.keys().map(String::as_str).collect();
+        return Err(Fault {
+            code: FaultCode::UnknownFederation,
+            cause: format!("there is no federation '{}' here", hello.federation),
+            remedy: format!("check the invite link; this server has: {}", known.join(", ")),
+        });
+    };
+    let asks = only_asks(&hello);
+    let mut session = Session::new(federation.clone());
+    session.traffic.control_up += length as u64;
+    let welcome = if asks {
+        let status = federation.status();
+        ServerMessage::Welcome {
+            participant: ParticipantId(0),
+            token: wire::SessionToken(String::new()),
+            settings: fednano_shared::settings::FederationSettings::default(),
+            status,
+        }
+    } else {
+        let joined = federation.join(hello).await?;
+        session.id = Some(joined.id);
+        session.connection = joined.connection;
+        session.outbox = Some(joined.outbox);
+        ServerMessage::Welcome { participant: joined.id, token: joined.token, settings: joined.settings, status: joined.status }
+    };
+    if session.send(socket, welcome).await.is_err() {
+        session.abandon().await;
+        return Ok(None);
+    }
+    Ok(Some(session))
+}
+
+fn check(hello: &Hello) -> Result<(), Fault> {
+    let fault = |cause: String, remedy: &str| Err(Fault { code: FaultCode::Invalid, cause, remedy: remedy.into() });
+    for (what, text) in [("name", &hello.name), ("federation", &hello.federation), ("device", &hello.device)] {
+        if text.len() > wire::MAX_NAME * 2 {
+            return fault(format!("the {what} has {} bytes, at most {} are allowed", text.len(), wire::MAX_NAME * 2), "shorten it");
+        }
+    }
+    if hello.samples == 0 && !only_asks(hello) {
+        return fault("a participant without samples cannot train".into(), "choose pictures with questions and answers first");
+    }
+    Ok(())
+}
+
+enum End {
+    Left,
+    Lost,
+}
+
+struct Session {
+    federation: Federation,
+    id: Option<ParticipantId>, // none: only asks
+    connection: u64,
+    outbox: Option<mpsc::Receiver<ServerMessage>>,
+    round: u32, // of the last Round message sent
+    in_flight: InFlight,
+    traffic: Traffic, // not yet reported
+}
+
+impl Session {
+    fn new(federation: Federation) -> Self {
+        Self { federation, id: None, connection: 0, outbox: None, round: 0, in_flight: FuturesUnordered::new(), traffic: Traffic::default() }
+    }
+
+    async fn serve<S>(&mut self, socket: &mut S, shared: &Shared) -> End
+    where
+        S: Stream<Item = Result<Vec<u8>, SocketFault>> + Sink<Vec<u8>> + Unpin,
+    {
+        let mut reports = tokio::time::interval(Duration::from_secs(1));
+        loop {
+            let outgoing = tokio::select! {
+                frame = socket.next() => match message(frame) {
+                    Ok(Some((ClientMessage::Leave, _))) => return End::Left,
+                    Ok(Some((message, length))) => match self.take(message, length, shared).await {
+                        Ok(reply) => reply,
+                        Err(fault) => {
+                            refuse(socket, fault).await;
+                            return End::Lost;
+                        }
+                    },
+                    Ok(None) => return End::Lost,
+                    Err(fault) => {
+                        refuse(socket, fault).await;
+                        return End::Lost;
+                    }
+                },
+                message = next(&mut self.outbox) => match message {
+                    Some(message) => Some(message),
+                    None => return End::Lost, // a newer connection took its place, or this one was too slow
+                },
+                Some(computed) = self.in_flight.next() => Some(match computed {
+                    Computed::Trained(id, Ok(reply)) => ServerMessage::Trained { id, reply },
+                    Computed::Evaluated(id, Ok(reply)) => ServerMessage::Evaluated { id, reply },
+                    Computed::Trained(id, Err(fault)) | Computed::Evaluated(id, Err(fault)) => ServerMessage::RequestRefused { id, fault },
+                }),
+                _ = reports.tick() => {
+                    self.report().await;
+                    None
+                }
+                () = shared.shutdown.cancelled() => {
+                    let fault = Fault {
+                        code: FaultCode::Server,
+                        cause: "the server is shutting down".into(),
+                        remedy: "nothing is lost; this participant goes on when the server is back".into(),
+                    };
+                    // The peer may be gone already; the session ends either way.
+                    let _ = self.send(socket, ServerMessage::Closing(fault)).await;
+                    return End::Lost;
+                }
+            };
+            if let Some(message) = outgoing
+                && self.send(socket, message).await.is_err()
+            {
+                return End::Lost;
+            }
+        }
+    }
+
+    /// Act on a message; a fault ends the session.
+    async fn take(&mut self, message: ClientMessage, length: usize, shared: &Shared) -> Result<Option<ServerMessage>, Fault> {
+        let length = length as u64;
+        match message {
+            ClientMessage::Hello(_) => return Err(out_of_order("a second Hello")),
+            ClientMessage::Train { id, round, request } => {
+                self.traffic.activations_up += length;
+                if self.id.is_some() && round != self.round {
+                    let fault = Fault {
+                        code: FaultCode::StaleRound,
+                        cause: format!("the request is for round {round}, this participant is in round {}", self.round),
+                        remedy: "go on with the current round".into(),
+                    };
+                    return Ok(Some(ServerMessage::RequestRefused { id, fault }));
+                }
+                if let Some(refusal) = self.too_many(id) {
+                    return Ok(Some(refusal));
+                }
+                let llm = shared.llm.clone();
+                self.in_flight.push(Box::pin(async move { Computed::Trained(id, llm.train(request).await) }));
+            }
+            ClientMessage::Evaluate { id, request } => {
+                self.traffic.activations_up += length;
+                if let Some(refusal) = self.too_many(id) {
+                    return Ok(Some(refusal));
+                }
+                let llm = shared.llm.clone();
+                self.in_flight.push(Box::pin(async move { Computed::Evaluated(id, llm.evaluate(request).await) }));
+            }
+            ClientMessage::Progress { round, step, steps, loss } => {
+                self.traffic.control_up += length;
+                let Some(id) = self.id else { return Err(out_of_order("progress on a connection that only asks")) };
+                self.federation.progress(id, round, (step, steps), loss).await;
+            }
+            ClientMessage::Update(update) => {
+                self.traffic.updates_up += length;
+                let Some(id) = self.id else { return Err(out_of_order("an update on a connection that only asks")) };
+                self.federation.update(id, update).await;
+            }
+            ClientMessage::Leave => {}
+        }
+        Ok(None)
+    }
+
+    fn too_many(&self, id: u64) -> Option<ServerMessage> {
+        (self.in_flight.len() >= IN_FLIGHT).then(|| ServerMessage::RequestRefused {
+            id,
+            fault: Fault {
+                code: FaultCode::OutOfOrder,
+                cause: format!("{IN_FLIGHT} requests of this session are under way already"),
+                remedy: "wait for a reply before sending the next request".into(),
+            },
+        })
+    }
+
+    async fn send<S: Sink<Vec<u8>> + Unpin>(&mut self, socket: &mut S, message: ServerMessage) -> Result<(), ()> {
+        let frame = wire::encode(&message);
+        let bytes = frame.len() as u64;
+        match message {
+            ServerMessage::Trained { .. } | ServerMessage::Evaluated { .. } => self.traffic.gradients_down += bytes,
+            ServerMessage::Round { round, .. } => {
+                self.round = round;
+                self.traffic.adapters_down += bytes;
+            }
+            ServerMessage::Finished { .. } => self.traffic.adapters_down += bytes,
+            _ => self.traffic.control_down += bytes,
+        }
+        match tokio::time::timeout(WRITE_TIMEOUT, socket.send(frame)).await {
+            Ok(Ok(())) => Ok(()),
+            _ => Err(()),
+        }
+    }
+
+    /// Hand the bytes counted so far to the federation.
+    async fn report(&mut self) {
+        let traffic = std::mem::take(&mut self.traffic);
+        if let Some(id) = self.id.filter(|_| traffic != Traffic::default()) {
+            self.federation.traffic(id, traffic).await;
+        }
+    }
+
+    async fn abandon(&mut self) {
+        if let Some(id) = self.id {
+            self.federation.lost(id, self.connection).await;
+        }
+    }
+}
+
+/// The next message for a participant; never for a connection that only asks.
+async fn next(outbox: &mut Option<mpsc::Receiver<ServerMessage>>) -> Option<ServerMessage> {
+    match outbox {
+        Some(outbox) => outbox.recv().await,
+        None => std::future::pending().await,
+    }
+}

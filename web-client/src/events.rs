@@ -1,0 +1,27 @@
+//! What happens to a participant, as JSON for the page.
+
+use fednano_shared::client::ClientEvent;
+use serde_json::json;
+
+/// One event; `type` says which.
+pub fn to_json(event: &ClientEvent<'_>) -> String {
+    let value = match event {
+        ClientEvent::Joined { participant, token, settings, resumed } => {
+            json!({ "type": "joined", "participant": participant, "token": token, "settings": settings, "resumed": resumed })
+        }
+        ClientEvent::Status(status) => json!({ "type": "status", "status": status }),
+        ClientEvent::Round { round, from_step, steps, .. } => {
+            json!({ "type": "round", "round": round, "fromStep": from_step, "steps": steps })
+        }
+        ClientEvent::Step { round, step, steps, loss, samples } => {
+            json!({ "type": "step", "round": round, "step": step, "steps": steps, "loss": loss, "samples": samples })
+        }
+        ClientEvent::Fisher { round, done, all } => json!({ "type": "fisher", "round": round, "done": done, "all": all }),
+        ClientEvent::Uploaded { round, .. } => json!({ "type": "uploaded", "round": round }),
+        ClientEvent::NotCounted { round, fault } => json!({ "type": "notCounted", "round": round, "fault": fault }),
+        ClientEvent::Lost { cause, retry_in } => {
+            json!({ "type": "lost", "cause": cause, "retryMs": retry_in.as_millis() as u64 })
+        }
+    };
+    value.to_string()
+}

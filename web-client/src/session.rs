@@ -1,0 +1,263 @@
+//! The tab's state: model, data, features, newest adapters. Every method takes `&self`, so that questions are answered while a
+//! round is under way; no `RefCell` is borrowed over an await.
+
+use crate::import::{self, Pictures};
+use crate::socket::{Leave, Socket, Sockets, TabClock};
+use crate::{events, gpu};
+use burn::tensor::Device;
+use fednano_shared::ask::{self, Asking};
+use fednano_shared::client::{self, ClientEvent, Connector, Observer, Outcome, Participant};
+use fednano_shared::data::dataset::Dataset;
+use fednano_shared::data::picture::Picture;
+use fednano_shared::data::scene::DemoTheme;
+use fednano_shared::edge::{FeatureCache, NanoEdge};
+use fednano_shared::model::adapter::NanoAdapters;
+use fednano_shared::model::files::ModelFiles;
+use fednano_shared::plain::AdapterState;
+use fednano_shared::probe;
+use fednano_shared::wire::{ClientKind, Hello, Purpose, SessionToken};
+use serde::Deserialize;
+use serde_json::json;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+/// Any error of a command; its text is all that the page needs.
+pub type Failure = Box<dyn std::error::Error>;
+
+/// Tries in a row to reach the server, at most 10 s apart: a tab waits about half an hour for a server that went away.
+const MAX_TRIES: u32 = 200;
+/// Longest answer.
+const MAX_ANSWER_TOKENS: usize = 24;
+
+/// One participant's tab.
+pub struct Session {
+    device: Device,
+    edge: NanoEdge,
+    own: RefCell<Pictures>,
+    data: RefCell<Rc<Dataset>>,
+    cache: RefCell<Option<Rc<FeatureCache>>>,
+    latest: RefCell<Option<Rc<Latest>>>,
+    joined: Cell<bool>,
+    leave: RefCell<Rc<Leave>>,
+}
+
+/// The newest adapters that the tab knows.
+struct Latest {
+    adapter: AdapterState,
+    /// Whose they are, in words.
+    origin: String,
+}
+
+/// From the page.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct JoinOptions {
+    url: String,
+    federation: String,
+    name: String,
+    device_text: String,
+    edge_bytes: u64,
+    resume: Option<SessionToken>,
+}
+
+impl Session {
+    /// Open the device and load the model's edge part.
+    pub async fn create(files: BTreeMap<String, Vec<u8>>, device: &str) -> Result<Self, Failure> {
+        let device = gpu::open(device).await?;
+        let edge = NanoEdge::load(&ModelFiles::from_bytes(files)?, &device)?;
+        Ok(Self {
+            device,
+            edge,
+            own: RefCell::default(),
+            data: RefCell::default(),
+            cache: RefCell::default(),
+            latest: RefCell::default(),
+            joined: Cell::new(false),
+            leave: RefCell::default(),
+        })
+    }
+
+    /// GFLOP/s.
+    pub async fn speed(&self, now: impl Fn() -> f64) -> Result<f64, Failure> {
+        Ok(gpu::speed(&self.device, now).await?)
+    }
+
+    /// Replace the data; features of the old are void.
+    fn set_data(&self, data: Dataset) -> String {
+        let summary = import::summary(&data);
+        self.data.replace(Rc::new(data));
+        self.cache.replace(None);
+        summary
+    }
+
+    /// A generated shard.
+    pub fn load_demo(&self, theme: &str, seed: u32, pictures: usize, questions: usize) -> Result<String, Failure> {
+        let Some(theme) = DemoTheme::ALL.into_iter().find(|t| t.name() == theme) else {
+            return Err(format!("'{theme}' is no demo shard; choose workshop, garden or harbour").into());
+        };
+        Ok(self.set_data(probe::shard(theme, u64::from(seed), pictures, questions)))
+    }
+
+    /// An own picture.
+    pub fn add_picture(&self, name: &str, width: usize, height: usize, rgba: &[u8]) -> Result<(), Failure> {
+        let picture = import::from_rgba(width, height, rgba)?;
+        self.own.borrow_mut().add(name, picture);
+        Ok(())
+    }
+
+    /// Questions about own pictures.
+    pub fn set_questions(&self, file_name: &str, text: &str) -> Result<String, Failure> {
+        let data = self.own.borrow().with_questions(file_name, text)?;
+        Ok(self.set_data(data))
+    }
+
+    /// Forget data and own pictures.
+    pub fn clear_data(&self) {
+        self.own.take();
+        self.set_data(Dataset::default());
+    }
+
+    /// The data.
+    pub fn data(&self) -> Rc<Dataset> {
+        Rc::clone(&self.data.borrow())
+    }
+
+    /// One picture.
+    pub fn picture(&self, index: usize) -> Result<Picture, Failure> {
+        let data = self.data();
+        data.pictures.get(index).cloned().ok_or_else(|| format!("there is no picture {index}; there are {}", data.pictures.len()).into())
+    }
+
+    /// One sample as JSON.
+    pub fn sample(&self, index: usize) -> Result<String, Failure> {
+        match self.data().samples.get(index) {
+            Some(s) => Ok(json!({ "picture": s.picture, "question": s.question, "answer": s.answer }).to_string()),
+            None => Err(format!("there is no sample {index}; choose a smaller number").into()),
+        }
+    }
+
+    /// Compute and keep the features.
+    pub async fn encode(&self, progress: impl FnMut(usize, usize)) -> Result<(), Failure> {
+        let data = self.data();
+        let cache = self.edge.encode(&data, progress).await?;
+        // Other data may have been chosen meanwhile.
+        if Rc::ptr_eq(&data, &self.data()) {
+            self.cache.replace(Some(Rc::new(cache)));
+        }
+        Ok(())
+    }
+
+    /// Take part; `on_event` hears JSON.
+    pub async fn join(&self, options: &str, on_event: impl FnMut(&str)) -> Result<String, Failure> {
+        let options: JoinOptions = serde_json::from_str(options)?;
+        let cache = self.cache.borrow().clone();
+        let Some(cache) = cache.filter(|c| !c.samples.is_empty()) else {
+            return Err("there are no prepared pictures and questions; choose some first".into());
+        };
+        if self.joined.replace(true) {
+            return Err("this tab takes part already; leave first".into());
+        }
+        let leave = Rc::new(Leave::default());
+        self.leave.replace(Rc::clone(&leave));
+        let hello = Hello {
+            federation: options.federation,
+            name: options.name,
+            kind: ClientKind::Tab,
+            device: options.device_text,
+            samples: cache.samples.len() as u32,
+            edge_bytes: options.edge_bytes,
+            purpose: Purpose::Train,
+            resume: options.resume,
+        };
+        let me = Participant { hello, edge: &self.edge, cache: &cache, device: &self.device, max_tries: MAX_TRIES };
+        let mut sockets = Sockets { url: options.url, leave: Rc::clone(&leave) };
+        let mut listener = Listener { session: self, on_event };
+        let result = client::participate(me, &mut sockets, &TabClock { leave }, &mut listener).await;
+        self.joined.set(false);
+        let outcome = match result? {
+            Outcome::Finished(adapter) => {
+                self.keep(adapter, "the federation's, all rounds done".to_owned());
+                "finished"
+            }
+            Outcome::Left => "left",
+        };
+        Ok(json!({ "outcome": outcome }).to_string())
+    }
+
+    /// End [`Self::join`].
+    pub fn leave(&self) {
+        let leave = Rc::clone(&self.leave.borrow());
+        leave.request();
+    }
+
+    fn keep(&self, adapter: AdapterState, origin: String) {
+        self.latest.replace(Some(Rc::new(Latest { adapter, origin })));
+    }
+
+    /// Two answers as JSON: the untouched model's, and with the newest adapters (null before there are any).
+    pub async fn ask(&self, url: String, federation: String, picture: &Picture, question: &str) -> Result<String, Failure> {
+        let question = question.trim();
+        let mark = if question.ends_with('?') { "" } else { "?" };
+        let prompt = self.edge.text.encode(&format!("{question}{mark}"), None)?;
+        let features = self.edge.image_features(&[picture]).await?.concat();
+        let mut boundary = connect(url, federation).await?;
+        let latest = self.latest.borrow().clone();
+        let before = ask::answer(&self.edge, None, &prompt, &features, MAX_ANSWER_TOKENS, &mut boundary, &self.device).await?;
+        let after = match &latest {
+            None => None,
+            Some(latest) => {
+                let adapters = NanoAdapters::from_state(&latest.adapter, &self.device.clone().autodiff());
+                let tuned = Some(&adapters);
+                Some(ask::answer(&self.edge, tuned, &prompt, &features, MAX_ANSWER_TOKENS, &mut boundary, &self.device).await?)
+            }
+        };
+        let origin = latest.as_ref().map(|l| l.origin.as_str());
+        Ok(json!({ "before": before, "after": after, "adapters": origin }).to_string())
+    }
+
+    /// Results of the probe as JSON.
+    pub async fn probe(&self, url: String, federation: String) -> Result<String, Failure> {
+        let mut boundary = connect(url, federation).await?;
+        let result = probe::run(&self.edge, &mut boundary, &self.device).await?;
+        Ok(serde_json::to_string(&result)?)
+    }
+}
+
+/// A connection for questions.
+async fn connect(url: String, federation: String) -> Result<Asking<Socket>, Failure> {
+    let mut sockets = Sockets { url, leave: Rc::default() };
+    let hello = Hello {
+        federation,
+        name: "a question".to_owned(),
+        kind: ClientKind::Tab,
+        device: String::new(),
+        samples: 0,
+        edge_bytes: 0,
+        purpose: Purpose::Ask,
+        resume: None,
+    };
+    Ok(Asking::open(sockets.connect().await?, hello).await?)
+}
+
+/// Keeps adapters for questions, tells the page the rest.
+struct Listener<'a, F> {
+    session: &'a Session,
+    on_event: F,
+}
+
+impl<F: FnMut(&str)> Observer for Listener<'_, F> {
+    fn event(&mut self, event: ClientEvent<'_>) {
+        match &event {
+            // Round 1 begins with the untouched model.
+            ClientEvent::Round { round, adapter, .. } if *round > 1 => {
+                self.session.keep((*adapter).clone(), format!("the federation's after round {}", round - 1));
+            }
+            ClientEvent::Uploaded { round, adapter } => {
+                self.session.keep((*adapter).clone(), format!("yours after round {round}"));
+            }
+            _ => {}
+        }
+        (self.on_event)(&events::to_json(&event));
+    }
+}

@@ -1,0 +1,240 @@
+// The page's flow: federation, device, data, participation. `body[data-state]` and `window.fednano` tell tests where it stands.
+import { $, bytes, clearError, make, note, params, setProgress, setState, showError, socketUrl } from './page.js';
+import { chooseDevice, deviceText, speedWords } from './device.js';
+import { AskView } from './ask.js';
+import { DataStep } from './data.js';
+import { Live } from './live.js';
+import { WorkerTab } from './tab.js';
+
+const POLL = 3000;
+const live = new Live();
+const tab = new WorkerTab(hearWorker);
+const page = { federation: '', joined: false, ready: false, broken: false, source: null, device: '', edgeBytes: 0, data: null, ask: null };
+
+// ------------------------------------------------------------------------------------------------ federation
+
+async function getJson(url) {
+  let response;
+  try {
+    response = await fetch(url, { cache: 'no-store' });
+  } catch {
+    throw new Error('the server does not answer; check that it runs and reload');
+  }
+  if (response.ok) return response.json();
+  const fault = await response.json().catch(() => null);
+  throw new Error(fault?.cause ? `${fault.cause}; ${fault.remedy}` : `${url} gave HTTP ${response.status}; reload the page`);
+}
+
+/** The federation to join; null while the person must choose. */
+async function findFederation() {
+  if (params.federation) return params.federation;
+  const all = await getJson('/api/federations');
+  if (all.length === 0) throw new Error('this server has no federation; ask the operator for an invite link');
+  if (all.length === 1) return all[0].federation;
+  $('federations').replaceChildren(
+    ...all.map((status) => {
+      const link = make('a', status.federation);
+      const address = new URL(location.href);
+      address.searchParams.set('federation', status.federation);
+      link.href = address.href;
+      const item = make('li');
+      item.append(link, make('span', ` – ${status.phase}, ${status.participants.length} participants`, 'quiet'));
+      return item;
+    }),
+  );
+  $('chooser').hidden = false;
+  $('federation').textContent = 'Choose a federation below.';
+  return null;
+}
+
+/** While not joined, the page asks for the status; while joined, it is told. */
+async function poll() {
+  if (!page.joined) {
+    try {
+      live.setStatus(await getJson(`/api/federations/${encodeURIComponent(page.federation)}`));
+    } catch (e) {
+      note({ type: 'poll', message: e.message });
+    }
+  }
+  setTimeout(poll, POLL);
+}
+
+// ------------------------------------------------------------------------------------------------ device
+
+async function prepareDevice() {
+  const choice = await chooseDevice(params.device);
+  $('device-words').textContent = `${choice.words} Loading …`;
+  const info = await tab.call('load', { device: choice.device });
+  const check = info.verified ? 'every file checked by its SHA-256' : 'not checked, because browsers offer SHA-256 only to pages from localhost or over https';
+  const network = info.fetched < info.bytes ? `, ${bytes(info.fetched)} of it over the network` : '';
+  $('download-words').textContent = `Model part for this device (${info.model}): ${bytes(info.bytes)}${network}; ${check}.`;
+  setProgress('download', 1, 1);
+  page.edgeBytes = info.fetched;
+  const gflops = await tab.call('speed');
+  $('device-words').textContent = `${choice.words} ${speedWords(gflops, info.pictureFlops)}`;
+  page.device = deviceText(choice, gflops);
+  note({ type: 'device', device: choice.device, gflops, edgeBytes: info.fetched });
+}
+
+function hearWorker(message) {
+  const { event, done, all } = message;
+  if (event === 'download') {
+    setProgress('download', done, all);
+    $('download-words').textContent = `Model part for this device: ${bytes(done)} of ${bytes(all)} (${message.file})`;
+  } else if (event === 'opening') {
+    $('download-words').textContent = 'Model part for this device: opening';
+  } else if (event === 'encode') {
+    setProgress('encode', done, all);
+    $('encode-words').textContent = `Prepared pictures: ${done} of ${all}`;
+  } else if (event === 'decode') {
+    $('own-words').textContent = `Reading pictures: ${done} of ${all}`;
+  } else if (event === 'client') {
+    hearClient(message.client);
+  } else if (event === 'crash') {
+    stop(`the program in this tab stopped (${message.cause}); reload the page to go on where you were, or add device=cpu to its address`);
+  } else if (event === 'gpuLost') {
+    stop(`the graphics processor was lost (${message.cause}); reload the page to go on where you were, or add device=cpu to its address`);
+  }
+}
+
+/** Nothing works any more until a reload. */
+function stop(message) {
+  page.broken = true;
+  page.joined = false;
+  page.ready = false;
+  $('ask').disabled = true;
+  live.say('Stopped.');
+  showButtons();
+  setState('error');
+  showError(message);
+}
+
+// ------------------------------------------------------------------------------------------------ participation
+
+const sessionKey = () => `fednano:${page.federation}`;
+
+/** {token, name, source} of this browser tab's earlier participation, also from before a reload. */
+function savedSession() {
+  try {
+    return JSON.parse(sessionStorage.getItem(sessionKey()) ?? 'null');
+  } catch {
+    return null;
+  }
+}
+
+function showButtons() {
+  const saved = savedSession();
+  const idle = page.data !== null && !page.data.busy && !page.joined && !page.broken;
+  $('join').textContent = saved ? 'Rejoin' : 'Join';
+  $('join').disabled = !(idle && (page.ready || saved?.source?.shard));
+  $('leave').disabled = !page.joined;
+  $('name').disabled = page.joined;
+  $('data').disabled = !idle;
+}
+
+async function join() {
+  const saved = savedSession();
+  // After a reload the same demo shard is drawn again; own pictures must be chosen again.
+  if (!page.ready && saved?.source?.shard && !(await page.data.run(() => page.data.chooseDemo(saved.source)))) return;
+  if (!page.ready || page.joined) return;
+  page.joined = true;
+  clearError();
+  live.say('Connecting …');
+  showButtons();
+  const options = {
+    url: socketUrl,
+    federation: page.federation,
+    name: $('name').value.trim() || 'tab',
+    deviceText: page.device,
+    edgeBytes: page.edgeBytes,
+    resume: saved?.token ?? null,
+  };
+  try {
+    const { outcome } = await tab.call('join', { options });
+    page.joined = false;
+    if (outcome === 'finished') {
+      sessionStorage.removeItem(sessionKey());
+      live.say('All rounds are done. Thank you! Ask the model below.');
+    } else {
+      live.say('You left. Your adapters stay in this tab; rejoin whenever you like.');
+    }
+    setState(outcome);
+  } catch (e) {
+    page.joined = false;
+    if (page.broken) return; // said already
+    if (options.resume) sessionStorage.removeItem(sessionKey()); // perhaps the server no longer knows it
+    live.say('Not taking part.');
+    setState('error');
+    showError(e);
+  } finally {
+    showButtons();
+  }
+}
+
+function hearClient(event) {
+  note(event.type === 'joined' ? { ...event, token: undefined } : event.type === 'status' ? { type: 'status', phase: event.status.phase, round: event.status.round } : event);
+  if (event.type === 'joined') {
+    sessionStorage.setItem(sessionKey(), JSON.stringify({ token: event.token, name: $('name').value.trim(), source: page.source }));
+  }
+  document.body.dataset.connection = event.type === 'lost' ? 'lost' : 'up';
+  const state = live.hear(event);
+  if (state) setState(state);
+}
+
+// ------------------------------------------------------------------------------------------------ start
+
+async function start() {
+  $('error-close').onclick = clearError;
+  $('join-form').onsubmit = (e) => {
+    e.preventDefault();
+    join();
+  };
+  $('leave').onclick = () => {
+    live.say('Leaving …');
+    tab.call('leave').catch(showError);
+  };
+  const data = new DataStep(
+    tab,
+    (busy) => {
+      if (busy) page.ready = false;
+      showButtons();
+    },
+    (look) => {
+      page.ready = true;
+      page.source = look.source;
+      page.ask.setData(look);
+    },
+  );
+  const federation = await findFederation();
+  if (!federation) return;
+  page.federation = federation;
+  $('federation').textContent = `Federation “${federation}”`;
+  document.title = `FedNano – ${federation}`;
+  const saved = savedSession();
+  $('name').value = params.name || saved?.name || `tab-${Math.random().toString(36).slice(2, 6)}`;
+  live.setStatus(await getJson(`/api/federations/${encodeURIComponent(federation)}`));
+  setTimeout(poll, POLL);
+
+  await prepareDevice();
+  page.ask = new AskView(tab, federation);
+  await data.preview();
+  page.data = data;
+  $('ask').disabled = false;
+  setState('ready');
+  showButtons();
+  if (saved) {
+    const how = saved.source?.shard ? 'press Rejoin to go on where you were' : 'choose the same pictures again, then press Rejoin';
+    live.say(`This tab took part before: ${how}.`);
+  }
+  const shard = params.shard || (params.auto ? 'workshop' : '');
+  if (shard && !saved) {
+    await data.run(() => data.chooseDemo({ shard, pictures: params.pictures, questions: params.questions, seed: params.seed }));
+  }
+  if (params.auto) await join();
+}
+
+start().catch((e) => {
+  setState('error');
+  showError(e);
+  $('device-words').textContent = 'This page could not get ready; the message above says why.';
+});
