@@ -4,20 +4,21 @@ set shell := ["bash", "-euo", "pipefail", "-c"]
 set positional-arguments
 
 model := "server/models/nano-llava"
+fednano := env("CARGO_TARGET_DIR", "target") / "release/fednano"
 
 # List the recipes
 default:
     @just --list --unsorted
 
-# Start a small federation on this machine; join it from browser tabs at the address it prints
+# A federation of two native participants and your browser: open the link that it prints
 [no-exit-message]
 demo *ARGS: web build
-    @cargo run --release -q -p fednano-server -- demo --model {{ model }} --www www "$@"
+    @{{ fednano }} demo --model {{ model }} --www www "$@"
 
 # The demo with three headless Chromium tabs as its participants
 [no-exit-message]
 demo-headless *ARGS: (_tools "browser") web build
-    @cargo run --release -q -p fednano-server -- demo --headless 3 --model {{ model }} --www www "$@"
+    @{{ fednano }} demo --headless 3 --model {{ model }} --www www "$@"
 
 # Run every test; ARGS go to the runner, e.g. a part of a test's name
 [no-exit-message]
@@ -41,17 +42,17 @@ setup: (_tools "web" "browser" "vulkan") web
 web:
     @bash .ci/build-web.sh
 
-# Build the server binary
+# Build everything native (always the whole workspace: another set of packages would compile burn a second time)
 build:
-    cargo build --release -p fednano-server
+    cargo build --release --workspace
 
 # Train nano-llava anew, the demo's model
-pretrain *ARGS:
-    cargo run --release -p fednano-server -- pretrain "$@"
+pretrain *ARGS: build
+    @{{ fednano }} pretrain "$@"
 
 # Run a federation in one process, without browsers
-simulate *ARGS:
-    cargo run --release -p fednano-server -- simulate "$@"
+simulate *ARGS: build
+    @{{ fednano }} simulate "$@"
 
 # Fetch the easy-VQA data set (MIT licence) into data/easy-vqa
 easy-vqa:

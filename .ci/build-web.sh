@@ -103,6 +103,8 @@ wasm_cargo build
 "$WASM_BINDGEN" --target web --no-typescript --remove-name-section --remove-producers-section \
     --out-dir "$WORK/pkg" "$TARGET/wasm32-unknown-unknown/release/fednano_web.wasm"
 optimise "$WORK/pkg/fednano_web_bg.wasm"
+# Served as it is to browsers that take gzip, instead of being compressed for each of them.
+gzip -9 -k "$WORK/pkg/fednano_web_bg.wasm"
 cp -R "$UPLOT" "$WORK/pkg/uplot"
 
 # An input edited during the build belongs to the next one: this stamp is of what was there before.

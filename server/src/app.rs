@@ -96,7 +96,13 @@ impl App {
             check_name(&name)?;
             let store = Store::open(&settings.data_dir, &name)?;
             let handle = coordinator::start(
-                &name, federation, &model, files.config.text.hidden, llm.clone(), held_out.clone(), store,
+                &name,
+                federation,
+                &model,
+                files.config.text.hidden,
+                llm.clone(),
+                held_out.clone(),
+                store,
             )?;
             federations.insert(name, handle);
         }
@@ -150,7 +156,8 @@ pub async fn bind(listen: &str) -> anyhow::Result<TcpListener> {
 }
 
 fn check_name(name: &str) -> anyhow::Result<()> {
-    let fine = !name.is_empty() && name.len() <= 40 && name.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c));
+    let fine =
+        !name.is_empty() && name.len() <= 40 && name.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c));
     anyhow::ensure!(fine, "'{name}' is no federation name; use 1 to 40 letters, digits, '-' or '_'");
     Ok(())
 }

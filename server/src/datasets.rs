@@ -59,8 +59,9 @@ pub fn read_picture(path: &Path) -> Result<Picture, String> {
 /// Which file, line, record or picture cannot be used, why, and what to do.
 pub fn open(path: &Path) -> Result<Dataset> {
     let file = if path.is_dir() { question_file(path)? } else { path.to_path_buf() };
-    let text = fs::read_to_string(&file)
-        .with_context(|| format!("the questions cannot be read from {}; name a JSON or CSV file or its folder", file.display()))?;
+    let text = fs::read_to_string(&file).with_context(|| {
+        format!("the questions cannot be read from {}; name a JSON or CSV file or its folder", file.display())
+    })?;
     let name = file.file_name().unwrap_or_default().to_string_lossy();
     let fault = || format!("{} cannot be used", file.display());
     let entries = parse(&name, &text).with_context(fault)?;
@@ -79,7 +80,10 @@ pub fn open_splits(dir: &Path) -> Result<Splits> {
     let part = |name: &str| {
         let folder = dir.join(name);
         if !folder.is_dir() {
-            bail!("{} has no folder {name}/; it needs train/ and test/, each with questions and pictures", dir.display());
+            bail!(
+                "{} has no folder {name}/; it needs train/ and test/, each with questions and pictures",
+                dir.display()
+            );
         }
         open(&folder)
     };
@@ -88,7 +92,8 @@ pub fn open_splits(dir: &Path) -> Result<Splits> {
 
 /// The one question file of a folder; the usual names win over other JSON and CSV files.
 fn question_file(dir: &Path) -> Result<PathBuf> {
-    let mut found: Vec<PathBuf> = QUESTION_FILES.iter().map(|name| dir.join(name)).filter(|path| path.is_file()).collect();
+    let mut found: Vec<PathBuf> =
+        QUESTION_FILES.iter().map(|name| dir.join(name)).filter(|path| path.is_file()).collect();
     if found.is_empty() {
         let unreadable = || format!("the folder {} cannot be read", dir.display());
         for item in fs::read_dir(dir).with_context(unreadable)? {
@@ -104,7 +109,9 @@ fn question_file(dir: &Path) -> Result<PathBuf> {
         let names: Vec<_> = found.iter().filter_map(|p| p.file_name()).map(|n| n.to_string_lossy()).collect();
         bail!("{} holds several question files ({}): name one", dir.display(), names.join(", "));
     }
-    found.pop().with_context(|| format!("{} holds no question file; put a questions.json or questions.csv there", dir.display()))
+    found.pop().with_context(|| {
+        format!("{} holds no question file; put a questions.json or questions.csv there", dir.display())
+    })
 }
 
 /// Decode pictures on all cores, each once.

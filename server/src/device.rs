@@ -34,7 +34,9 @@ impl DeviceChoice {
 #[cfg(feature = "wgpu")]
 fn wgpu() -> anyhow::Result<(Device, String)> {
     let device = Device::wgpu_options().init().map_err(|e| {
-        anyhow::anyhow!("no wgpu device: {e}; install a Vulkan driver (mesa-vulkan-drivers is a software one), or use --device cpu")
+        anyhow::anyhow!(
+            "no wgpu device: {e}; install a Vulkan driver (mesa-vulkan-drivers is a software one), or use --device cpu"
+        )
     })?;
     let name = device.identity().map_or_else(|| "wgpu".to_owned(), |i| format!("wgpu ({i:?})"));
     Ok((device, name))
@@ -67,5 +69,7 @@ fn cuda() -> anyhow::Result<(Device, String)> {
 
 #[cfg(not(feature = "cuda"))]
 fn cuda() -> anyhow::Result<(Device, String)> {
-    anyhow::bail!("this build has no CUDA; build with `cargo build --release -p fednano-server --features cuda`, or use --device cpu")
+    anyhow::bail!(
+        "this build has no CUDA; build with `cargo build --release -p fednano-server --features cuda`, or use --device cpu"
+    )
 }

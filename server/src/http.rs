@@ -15,6 +15,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use tokio_util::task::TaskTracker;
 use tower_http::compression::CompressionLayer;
+use tower_http::compression::predicate::{DefaultPredicate, NotForContentType, Predicate};
 use tower_http::services::ServeDir;
 use tower_http::set_header::SetResponseHeaderLayer;
 
@@ -64,7 +65,12 @@ pub async fn serve(
 }
 
 fn router(site: Arc<Site>) -> Router {
-    let page = ServeDir::new(&site.www).append_index_html_on_directories(true);
+    // The wasm is compressed once, by the build.
+    let page = ServeDir::new(&site.www).append_index_html_on_directories(true).precompressed_gzip();
+    // Weights in f16 hardly shrink.
+    let worth_compressing = DefaultPredicate::new()
+        .and(NotForContentType::const_new("application/octet-stream"))
+        .and(NotForContentType::const_new("application/wasm"));
     let header = |name, value| SetResponseHeaderLayer::if_not_present(name, HeaderValue::from_static(value));
     Router::new()
         .route("/ws", get(websocket))
@@ -73,7 +79,7 @@ fn router(site: Arc<Site>) -> Router {
         .route("/edge/manifest.json", get(manifest))
         .route("/edge/{name}", get(edge))
         .fallback_service(page)
-        .layer(CompressionLayer::new())
+        .layer(CompressionLayer::new().compress_when(worth_compressing))
         // The page changes with the server; only edge weights are immutable.
         .layer(header(header::CACHE_CONTROL, "no-cache"))
         .layer(header(header::X_CONTENT_TYPE_OPTIONS, "nosniff"))
@@ -110,7 +116,8 @@ async fn manifest(State(site): State<Arc<Site>>) -> Response {
 
 async fn edge(State(site): State<Arc<Site>>, Path(name): Path<String>, headers: HeaderMap) -> Response {
     let Some(file) = site.edge.get(&name) else {
-        return (StatusCode::NOT_FOUND, format!("there is no edge file '{name}'; see /edge/manifest.json")).into_response();
+        return (StatusCode::NOT_FOUND, format!("there is no edge file '{name}'; see /edge/manifest.json"))
+            .into_response();
     };
     let tag = format!("\"{}\"", file.sha256);
     if headers.get(header::IF_NONE_MATCH).is_some_and(|t| t.as_bytes() == tag.as_bytes()) {
@@ -118,7 +125,11 @@ async fn edge(State(site): State<Arc<Site>>, Path(name): Path<String>, headers: 
     }
     let kind = if name.ends_with(".json") { "application/json" } else { "application/octet-stream" };
     // A client that asks with the hash in the query may keep the file for good.
-    let headers = [(header::CONTENT_TYPE, kind.to_owned()), (header::ETAG, tag), (header::CACHE_CONTROL, "public, max-age=31536000, immutable".to_owned())];
+    let headers = [
+        (header::CONTENT_TYPE, kind.to_owned()),
+        (header::ETAG, tag),
+        (header::CACHE_CONTROL, "public, max-age=31536000, immutable".to_owned()),
+    ];
     (headers, file.bytes.clone()).into_response()
 }
 
@@ -138,7 +149,10 @@ async fn websocket(State(site): State<Arc<Site>>, upgrade: WebSocketUpgrade) -> 
 /// A WebSocket as a stream and sink of whole frames.
 fn frames(
     socket: WebSocket,
-) -> impl futures_util::Stream<Item = Result<Vec<u8>, SocketFault>> + futures_util::Sink<Vec<u8>, Error = axum::Error> + Unpin + Send {
+) -> impl futures_util::Stream<Item = Result<Vec<u8>, SocketFault>>
++ futures_util::Sink<Vec<u8>, Error = axum::Error>
++ Unpin
++ Send {
     let incoming = |message: Result<Message, axum::Error>| async move {
         match message {
             Ok(Message::Binary(bytes)) => Some(Ok(bytes.to_vec())),
@@ -149,5 +163,9 @@ fn frames(
             Err(_) => Some(Err(SocketFault::Closed)),
         }
     };
-    Box::pin(socket.filter_map(incoming).with(|frame: Vec<u8>| async move { Ok::<_, axum::Error>(Message::Binary(frame.into())) }))
+    Box::pin(
+        socket
+            .filter_map(incoming)
+            .with(|frame: Vec<u8>| async move { Ok::<_, axum::Error>(Message::Binary(frame.into())) }),
+    )
 }

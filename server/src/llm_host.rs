@@ -72,11 +72,19 @@ impl LlmBoundary for LlmHandle {
 }
 
 fn server_fault(cause: &str) -> Fault {
-    Fault { code: FaultCode::Server, cause: cause.into(), remedy: "try again in a moment; if it stays, restart the server".into() }
+    Fault {
+        code: FaultCode::Server,
+        cause: cause.into(),
+        remedy: "try again in a moment; if it stays, restart the server".into(),
+    }
 }
 
 fn invalid(cause: String) -> Fault {
-    Fault { code: FaultCode::Invalid, cause, remedy: "send finite activations of the model's shape; reload the page if training diverged".into() }
+    Fault {
+        code: FaultCode::Invalid,
+        cause,
+        remedy: "send finite activations of the model's shape; reload the page if training diverged".into(),
+    }
 }
 
 fn serve(llm: &FrozenLlm, mut queue: mpsc::Receiver<Job>, merge: bool) {
@@ -122,7 +130,9 @@ fn take_alike(group: &mut Vec<TrainJob>, waiting: &mut std::collections::VecDequ
     let mut rest = std::collections::VecDeque::new();
     while let Some(job) = waiting.pop_front() {
         match job {
-            Job::Train(r, reply) if (low..=high).contains(&seq(&r)) && rows + r.lengths.len() <= MERGED_ROWS && !reply.is_closed() => {
+            Job::Train(r, reply)
+                if (low..=high).contains(&seq(&r)) && rows + r.lengths.len() <= MERGED_ROWS && !reply.is_closed() =>
+            {
                 rows += r.lengths.len();
                 group.push((r, reply));
             }

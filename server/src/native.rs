@@ -42,10 +42,13 @@ impl Invite {
             other => anyhow::bail!("'{link}' begins with {other}:, an invite link begins with http: or https:"),
         };
         let federation = url.query_pairs().find(|(k, _)| k == "federation").map(|(_, v)| v.into_owned());
-        let federation = federation.with_context(|| format!("'{link}' names no federation; it should end in /?federation=NAME"))?;
+        let federation =
+            federation.with_context(|| format!("'{link}' names no federation; it should end in /?federation=NAME"))?;
         let base = url.join("./")?;
         let mut socket = base.join("ws")?;
-        socket.set_scheme(scheme).map_err(|()| anyhow::anyhow!("'{link}' cannot be turned into a WebSocket address"))?;
+        socket
+            .set_scheme(scheme)
+            .map_err(|()| anyhow::anyhow!("'{link}' cannot be turned into a WebSocket address"))?;
         Ok(Self { base, socket: socket.to_string(), federation })
     }
 }
@@ -58,7 +61,8 @@ pub fn fetch_edge(invite: &Invite) -> anyhow::Result<(ModelFiles, u64)> {
     let get = |path: &str| -> anyhow::Result<Vec<u8>> {
         let url = invite.base.join(path)?;
         let response = ureq::get(url.as_str()).call();
-        let mut response = response.with_context(|| format!("cannot fetch {url}; is the server running, and the link right?"))?;
+        let mut response =
+            response.with_context(|| format!("cannot fetch {url}; is the server running, and the link right?"))?;
         Ok(response.body_mut().with_config().limit(8 << 30).read_to_vec()?)
     };
     let manifest: serde_json::Value = serde_json::from_slice(&get("edge/manifest.json")?)
@@ -66,7 +70,9 @@ pub fn fetch_edge(invite: &Invite) -> anyhow::Result<(ModelFiles, u64)> {
     let mut files = BTreeMap::new();
     let mut total = 0;
     for file in manifest["files"].as_array().into_iter().flatten() {
-        let (Some(name), Some(hash)) = (file["name"].as_str(), file["sha256"].as_str()) else { continue };
+        let (Some(name), Some(hash)) = (file["name"].as_str(), file["sha256"].as_str()) else {
+            continue;
+        };
         let bytes = get(&format!("edge/{name}"))?;
         let found: String = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
         anyhow::ensure!(found == hash, "{name} arrived damaged; try again");
@@ -96,14 +102,19 @@ impl Connector for SocketConnector {
 
 impl Transport for Socket {
     async fn send(&mut self, frame: Vec<u8>) -> Result<(), TransportError> {
-        self.0.send(Message::Binary(frame.into())).await.map_err(|e| TransportError::Lost(format!("the connection broke: {e}")))
+        self.0
+            .send(Message::Binary(frame.into()))
+            .await
+            .map_err(|e| TransportError::Lost(format!("the connection broke: {e}")))
     }
 
     async fn receive(&mut self) -> Result<Vec<u8>, TransportError> {
         loop {
             match self.0.next().await {
                 Some(Ok(Message::Binary(bytes))) => return Ok(bytes.into()),
-                Some(Ok(Message::Close(_))) | None => return Err(TransportError::Lost("the server closed the connection".into())),
+                Some(Ok(Message::Close(_))) | None => {
+                    return Err(TransportError::Lost("the server closed the connection".into()));
+                }
                 Some(Ok(_)) => {}
                 Some(Err(e)) => return Err(TransportError::Lost(format!("the connection broke: {e}"))),
             }
@@ -199,13 +210,17 @@ impl Observer for Lines {
             ClientEvent::Joined { participant, resumed, .. } => {
                 println!("[{who}] {} as participant {}", if resumed { "back" } else { "joined" }, participant.0);
             }
-            ClientEvent::Round { round, from_step, steps, .. } => println!("[{who}] round {round}: {steps} steps, from step {from_step}"),
+            ClientEvent::Round { round, from_step, steps, .. } => {
+                println!("[{who}] round {round}: {steps} steps, from step {from_step}")
+            }
             ClientEvent::Step { round, step, steps, loss, .. } if step == steps || step % 10 == 0 => {
                 println!("[{who}] round {round}: step {step}/{steps}, loss {loss:.3}");
             }
             ClientEvent::Uploaded { round, .. } => println!("[{who}] round {round}: update accepted"),
             ClientEvent::NotCounted { round, fault } => println!("[{who}] round {round}: update not counted: {fault}"),
-            ClientEvent::Lost { cause, retry_in } => println!("[{who}] {cause}; trying again in {:.1} s", retry_in.as_secs_f64()),
+            ClientEvent::Lost { cause, retry_in } => {
+                println!("[{who}] {cause}; trying again in {:.1} s", retry_in.as_secs_f64())
+            }
             ClientEvent::Step { .. } | ClientEvent::Fisher { .. } | ClientEvent::Status(_) => {}
         }
     }

@@ -134,7 +134,12 @@ where
         session.id = Some(joined.id);
         session.connection = joined.connection;
         session.outbox = Some(joined.outbox);
-        ServerMessage::Welcome { participant: joined.id, token: joined.token, settings: joined.settings, status: joined.status }
+        ServerMessage::Welcome {
+            participant: joined.id,
+            token: joined.token,
+            settings: joined.settings,
+            status: joined.status,
+        }
     };
     if session.send(socket, welcome).await.is_err() {
         session.abandon().await;
@@ -147,11 +152,17 @@ fn check(hello: &Hello) -> Result<(), Fault> {
     let fault = |cause: String, remedy: &str| Err(Fault { code: FaultCode::Invalid, cause, remedy: remedy.into() });
     for (what, text) in [("name", &hello.name), ("federation", &hello.federation), ("device", &hello.device)] {
         if text.len() > wire::MAX_NAME * 2 {
-            return fault(format!("the {what} has {} bytes, at most {} are allowed", text.len(), wire::MAX_NAME * 2), "shorten it");
+            return fault(
+                format!("the {what} has {} bytes, at most {} are allowed", text.len(), wire::MAX_NAME * 2),
+                "shorten it",
+            );
         }
     }
     if hello.samples == 0 && !only_asks(hello) {
-        return fault("a participant without samples cannot train".into(), "choose pictures with questions and answers first");
+        return fault(
+            "a participant without samples cannot train".into(),
+            "choose pictures with questions and answers first",
+        );
     }
     Ok(())
 }
@@ -173,7 +184,15 @@ struct Session {
 
 impl Session {
     fn new(federation: Federation) -> Self {
-        Self { federation, id: None, connection: 0, outbox: None, round: 0, in_flight: FuturesUnordered::new(), traffic: Traffic::default() }
+        Self {
+            federation,
+            id: None,
+            connection: 0,
+            outbox: None,
+            round: 0,
+            in_flight: FuturesUnordered::new(),
+            traffic: Traffic::default(),
+        }
     }
 
     async fn serve<S>(&mut self, socket: &mut S, shared: &Shared) -> End
@@ -231,7 +250,12 @@ impl Session {
     }
 
     /// Act on a message; a fault ends the session.
-    async fn take(&mut self, message: ClientMessage, length: usize, shared: &Shared) -> Result<Option<ServerMessage>, Fault> {
+    async fn take(
+        &mut self,
+        message: ClientMessage,
+        length: usize,
+        shared: &Shared,
+    ) -> Result<Option<ServerMessage>, Fault> {
         let length = length as u64;
         match message {
             ClientMessage::Hello(_) => return Err(out_of_order("a second Hello")),
@@ -261,12 +285,16 @@ impl Session {
             }
             ClientMessage::Progress { round, step, steps, loss } => {
                 self.traffic.control_up += length;
-                let Some(id) = self.id else { return Err(out_of_order("progress on a connection that only asks")) };
+                let Some(id) = self.id else {
+                    return Err(out_of_order("progress on a connection that only asks"));
+                };
                 self.federation.progress(id, round, (step, steps), loss).await;
             }
             ClientMessage::Update(update) => {
                 self.traffic.updates_up += length;
-                let Some(id) = self.id else { return Err(out_of_order("an update on a connection that only asks")) };
+                let Some(id) = self.id else {
+                    return Err(out_of_order("an update on a connection that only asks"));
+                };
                 self.federation.update(id, update).await;
             }
             ClientMessage::Leave => {}

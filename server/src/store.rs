@@ -66,7 +66,8 @@ impl Store {
             return Ok(None);
         }
         let damaged = || format!("{} is damaged; move {} away to begin anew", path.display(), self.folder.display());
-        let state: SavedState = serde_json::from_slice(&std::fs::read(&path).with_context(damaged)?).with_context(damaged)?;
+        let state: SavedState =
+            serde_json::from_slice(&std::fs::read(&path).with_context(damaged)?).with_context(damaged)?;
         let round = state.history.last().map_or(0, |r| r.round);
         let file = self.adapter_file(round);
         let bytes = std::fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
@@ -113,6 +114,7 @@ pub fn write_adapter(adapter: &AdapterState, round: u32) -> anyhow::Result<Vec<u
 pub fn read_adapter(bytes: &[u8]) -> anyhow::Result<AdapterState> {
     use fednano_shared::model::checkpoint::Weights;
     let weights = Weights::from_files(vec![("adapter".into(), bytes.to_vec())])?;
-    let tensors = AdapterState::NAMES.iter().map(|n| Ok(((*n).to_owned(), weights.read(n).map_err(anyhow::Error::msg)?)));
+    let tensors =
+        AdapterState::NAMES.iter().map(|n| Ok(((*n).to_owned(), weights.read(n).map_err(anyhow::Error::msg)?)));
     Ok(AdapterState(tensors.collect::<anyhow::Result<_>>()?))
 }

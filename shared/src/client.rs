@@ -9,7 +9,9 @@ use crate::model::adapter::{DeviceError, NanoAdapters};
 use crate::plain::{AdapterState, BoundaryReply, BoundaryRequest, EvaluationReply};
 use crate::settings::{FederationSettings, Strategy};
 use crate::step::{self, BoundaryError, LlmBoundary, StepError};
-use crate::wire::{self, ClientMessage, Fault, FaultCode, Hello, ParticipantId, ServerMessage, SessionToken, Status, Update};
+use crate::wire::{
+    self, ClientMessage, Fault, FaultCode, Hello, ParticipantId, ServerMessage, SessionToken, Status, Update,
+};
 use burn::optim::{AdamWConfig, ModuleOptimizer};
 use burn::tensor::Device;
 use rand::SeedableRng;
@@ -277,7 +279,12 @@ async fn take_part<T: Transport, O: Observer>(
                     *local = Some(LocalRound::begin(me, &settings, participant, round, &adapter));
                 }
                 let Some(state) = local.as_mut() else { continue };
-                link.observer.event(ClientEvent::Round { round, from_step: state.step, steps: state.steps(&settings), adapter: &adapter });
+                link.observer.event(ClientEvent::Round {
+                    round,
+                    from_step: state.step,
+                    steps: state.steps(&settings),
+                    adapter: &adapter,
+                });
                 run_round(me, &settings, state, link).await?;
             }
             ServerMessage::UpdateAccepted { round } => {
@@ -304,7 +311,13 @@ async fn take_part<T: Transport, O: Observer>(
 }
 
 impl LocalRound {
-    fn begin(me: &Participant<'_>, settings: &FederationSettings, id: ParticipantId, round: u32, adapter: &AdapterState) -> Self {
+    fn begin(
+        me: &Participant<'_>,
+        settings: &FederationSettings,
+        id: ParticipantId,
+        round: u32,
+        adapter: &AdapterState,
+    ) -> Self {
         let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
         rng.set_stream(u64::from(round) << 32 | u64::from(id.0));
         let mut order = Vec::new();
@@ -346,12 +359,27 @@ async fn run_round<T: Transport, O: Observer>(
         let rows = state.order.chunks(settings.batch_size).nth(state.step).unwrap_or_default();
         let batch = me.edge.batch(me.cache, rows);
         let mut boundary = Remote { link, round };
-        let report = step::train_step(&mut state.adapters, &mut state.optimizer, settings.rate(round), &batch, &mut boundary, me.device).await;
+        let report = step::train_step(
+            &mut state.adapters,
+            &mut state.optimizer,
+            settings.rate(round),
+            &batch,
+            &mut boundary,
+            me.device,
+        )
+        .await;
         let Some(report) = settle(report)? else { return Ok(()) };
         state.step += 1;
         state.loss_sum += f64::from(report.loss);
-        link.observer.event(ClientEvent::Step { round, step: state.step, steps, loss: report.loss, samples: report.samples });
-        let progress = ClientMessage::Progress { round, step: state.step as u32, steps: steps as u32, loss: report.loss };
+        link.observer.event(ClientEvent::Step {
+            round,
+            step: state.step,
+            steps,
+            loss: report.loss,
+            samples: report.samples,
+        });
+        let progress =
+            ClientMessage::Progress { round, step: state.step as u32, steps: steps as u32, loss: report.loss };
         link.send(&progress).await?;
     }
     if settings.strategy == Strategy::Fisher {
@@ -471,7 +499,9 @@ impl<T: Transport, O: Observer> Remote<'_, '_, T, O> {
                 ServerMessage::Status(status) => self.link.observer.event(ClientEvent::Status(&status)),
                 ServerMessage::Closing(fault) => return Err(BoundaryError::Lost(fault.to_string())),
                 // Replies to requests before a reconnect.
-                ServerMessage::Trained { .. } | ServerMessage::Evaluated { .. } | ServerMessage::RequestRefused { .. } => {}
+                ServerMessage::Trained { .. }
+                | ServerMessage::Evaluated { .. }
+                | ServerMessage::RequestRefused { .. } => {}
                 other => {
                     let cause = format!("the server went on with {}", name(&other));
                     self.link.pending = Some(other);

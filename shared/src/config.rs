@@ -201,8 +201,7 @@ impl ModelConfig {
     /// # Errors
     /// [`ConfigError`] names the key and what is supported.
     pub fn from_json(json: &str) -> Result<Self, ConfigError> {
-        let raw: RawConfig =
-            serde_json::from_str(json).map_err(|e| ConfigError::Json(e.to_string()))?;
+        let raw: RawConfig = serde_json::from_str(json).map_err(|e| ConfigError::Json(e.to_string()))?;
         let kind = raw.model_type.as_deref().unwrap_or("none");
         if kind != "llava" {
             return Err(ConfigError::Architecture(kind.to_owned()));
@@ -235,11 +234,7 @@ impl ModelConfig {
             max_positions: t.max_position_embeddings.unwrap_or(2048),
             activation: Activation::parse(t.hidden_act.as_deref().unwrap_or("silu"), "text_config.hidden_act")?,
             eps: t.rms_norm_eps.unwrap_or(1e-6),
-            rope_theta: t
-                .rope_parameters
-                .and_then(|r| r.rope_theta)
-                .or(t.rope_theta)
-                .unwrap_or(10000.0),
+            rope_theta: t.rope_parameters.and_then(|r| r.rope_theta).or(t.rope_theta).unwrap_or(10000.0),
             tied: raw.tie_word_embeddings.or(t.tie_word_embeddings).unwrap_or(false),
         };
         let vision = VisionConfig {
@@ -257,9 +252,7 @@ impl ModelConfig {
         let states = vision.layers as i64 + 1;
         let feature_layer = if layer < 0 { states + layer } else { layer };
         if !(0..states).contains(&feature_layer) {
-            return Err(invalid(format!(
-                "vision_feature_layer {layer} is outside the {states} hidden states"
-            )));
+            return Err(invalid(format!("vision_feature_layer {layer} is outside the {states} hidden states")));
         }
         let feature_select = match raw.vision_feature_select_strategy.as_deref() {
             None | Some("default") => FeatureSelect::Default,
@@ -288,8 +281,21 @@ impl ModelConfig {
     fn validate(&self) -> Result<(), ConfigError> {
         let (t, v) = (&self.text, &self.vision);
         let fail = |m: String| Err(ConfigError::Invalid(m));
-        let sizes = [t.hidden, t.intermediate, t.layers, t.heads, t.kv_heads, t.head_dim, t.vocab, v.hidden,
-            v.intermediate, v.layers, v.heads, v.image_size, v.patch_size];
+        let sizes = [
+            t.hidden,
+            t.intermediate,
+            t.layers,
+            t.heads,
+            t.kv_heads,
+            t.head_dim,
+            t.vocab,
+            v.hidden,
+            v.intermediate,
+            v.layers,
+            v.heads,
+            v.image_size,
+            v.patch_size,
+        ];
         if sizes.contains(&0) {
             return fail("a size is 0".into());
         }
@@ -355,9 +361,12 @@ mod tests {
 
     #[test]
     fn absent_keys_take_the_class_defaults() {
-        let c = ModelConfig::from_json(r#"{"model_type":"llava","vision_config":{"patch_size":14,"image_size":336,
+        let c = ModelConfig::from_json(
+            r#"{"model_type":"llava","vision_config":{"patch_size":14,"image_size":336,
             "hidden_size":1024,"num_hidden_layers":24,"num_attention_heads":16,"intermediate_size":4096},
-            "text_config":{"vocab_size":32064,"rms_norm_eps":1e-5}}"#).unwrap();
+            "text_config":{"vocab_size":32064,"rms_norm_eps":1e-5}}"#,
+        )
+        .unwrap();
         assert_eq!((c.text.hidden, c.text.layers, c.text.head_dim), (4096, 32, 128));
         assert_eq!((c.image_tokens(), c.feature_layer), (576, 23));
         assert_eq!(c.vision.activation, Activation::QuickGelu);
@@ -365,8 +374,11 @@ mod tests {
 
     #[test]
     fn a_written_config_reads_back_the_same() {
-        let c = ModelConfig::from_json(r#"{"model_type":"llava","image_token_index":7,"vision_feature_layer":-1,
-            "text_config":{"vocab_size":100}}"#).unwrap();
+        let c = ModelConfig::from_json(
+            r#"{"model_type":"llava","image_token_index":7,"vision_feature_layer":-1,
+            "text_config":{"vocab_size":100}}"#,
+        )
+        .unwrap();
         assert_eq!(ModelConfig::from_json(&c.to_json()).unwrap(), c);
     }
 

@@ -110,7 +110,11 @@ impl NanoEdge {
     ///
     /// # Errors
     /// The first sample that cannot be used.
-    pub async fn encode(&self, data: &Dataset, mut progress: impl FnMut(usize, usize)) -> Result<FeatureCache, EdgeError> {
+    pub async fn encode(
+        &self,
+        data: &Dataset,
+        mut progress: impl FnMut(usize, usize),
+    ) -> Result<FeatureCache, EdgeError> {
         let mut samples = Vec::with_capacity(data.samples.len());
         for s in &data.samples {
             let encoded = self.text.encode(&s.question, Some(&s.answer))?;

@@ -29,7 +29,9 @@ pub enum PlainError {
         expected: Vec<usize>,
     },
     /// NaN or infinity.
-    #[error("'{name}' has the value {value} at index {index}; only finite numbers are accepted (lower the learning rate if training diverged)")]
+    #[error(
+        "'{name}' has the value {value} at index {index}; only finite numbers are accepted (lower the learning rate if training diverged)"
+    )]
     NotFinite {
         /// Which blob.
         name: String,
@@ -200,7 +202,9 @@ impl BoundaryRequest {
             return invalid("the batch is empty".into());
         }
         if seq > max_positions {
-            return invalid(format!("the sequence has {seq} positions, the model takes {max_positions}; shorten the question"));
+            return invalid(format!(
+                "the sequence has {seq} positions, the model takes {max_positions}; shorten the question"
+            ));
         }
         if rows.checked_mul(seq).and_then(|n| n.checked_mul(width)).is_none() {
             return invalid(format!("the shape {:?} overflows", self.hidden.shape));
@@ -288,11 +292,21 @@ mod tests {
         assert!(fault(|r| r.hidden.data[0] = f32::INFINITY).contains("inf"));
         assert!(fault(|r| r.hidden.shape = vec![2, 3]).contains("2 axes"));
         assert!(fault(|r| r.hidden = TensorBlob::zeros(&[2, 3, 5])).contains("[2, 3, 5]"));
-        assert!(fault(|r| { r.hidden.data.pop(); }).contains("23 values"));
+        assert!(
+            fault(|r| {
+                r.hidden.data.pop();
+            })
+            .contains("23 values")
+        );
         assert!(fault(|r| r.hidden = TensorBlob::zeros(&[2, 4, 4])).contains("shorten"));
         assert!(fault(|r| r.hidden = TensorBlob::zeros(&[0, 3, 4])).contains("empty"));
         assert!(fault(|r| r.lengths[1] = 9).contains('9'));
-        assert!(fault(|r| { r.lengths.pop(); }).contains("1 lengths"));
+        assert!(
+            fault(|r| {
+                r.lengths.pop();
+            })
+            .contains("1 lengths")
+        );
         assert!(fault(|r| r.targets[1].row = 7).contains("row 7"));
         assert!(fault(|r| r.targets[1].position = 2).contains("position 2"));
         assert!(fault(|r| r.targets[0].token = 10).contains("token 10"));

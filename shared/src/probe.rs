@@ -75,7 +75,11 @@ pub fn adapters(rank: usize, dim: usize) -> AdapterState {
 ///
 /// # Errors
 /// [`ProbeError`].
-pub async fn run<B: LlmBoundary>(edge: &NanoEdge, boundary: &mut B, device: &Device) -> Result<ProbeResult, ProbeError> {
+pub async fn run<B: LlmBoundary>(
+    edge: &NanoEdge,
+    boundary: &mut B,
+    device: &Device,
+) -> Result<ProbeResult, ProbeError> {
     let cache = edge.encode(&samples(), |_, _| {}).await?;
     let state = adapters(8, edge.config.text.hidden);
     let adapters = NanoAdapters::from_state(&state, &device.clone().autodiff());

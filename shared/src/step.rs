@@ -51,7 +51,9 @@ pub enum StepError {
     #[error("the server's reply does not fit the request: {0}")]
     Reply(String),
     /// Autodiff lost a parameter; training on would silently leave it at its start.
-    #[error("{found} of {TRAINABLE_TENSORS} adapter tensors got a gradient; this is a bug in the model code, please report it")]
+    #[error(
+        "{found} of {TRAINABLE_TENSORS} adapter tensors got a gradient; this is a bug in the model code, please report it"
+    )]
     GradientCount {
         /// Gradients found.
         found: usize,
@@ -145,8 +147,14 @@ pub async fn gradients<B: LlmBoundary>(
 ///
 /// # Errors
 /// A lost device.
-pub async fn adapted(adapters: Option<&NanoAdapters>, batch: &Batch, device: &Device) -> Result<TensorBlob, DeviceError> {
-    let Some(adapters) = adapters else { return Ok(batch.x.clone()) };
+pub async fn adapted(
+    adapters: Option<&NanoAdapters>,
+    batch: &Batch,
+    device: &Device,
+) -> Result<TensorBlob, DeviceError> {
+    let Some(adapters) = adapters else {
+        return Ok(batch.x.clone());
+    };
     let autodiff = device.clone().autodiff();
     read(adapters.forward(tensor(&batch.x, &autodiff), tensor(&batch.image_mask, &autodiff)).inner()).await
 }
@@ -188,7 +196,11 @@ pub async fn evaluate<B: LlmBoundary>(
         };
         let reply = boundary.evaluate(request).await?;
         if reply.predicted.len() != batch.targets.len() || reply.nll.len() != batch.targets.len() {
-            return Err(StepError::Reply(format!("{} predictions for {} targets", reply.predicted.len(), batch.targets.len())));
+            return Err(StepError::Reply(format!(
+                "{} predictions for {} targets",
+                reply.predicted.len(),
+                batch.targets.len()
+            )));
         }
         let mut right = vec![true; group.len()];
         for (target, predicted) in batch.targets.iter().zip(&reply.predicted) {
@@ -280,9 +292,8 @@ impl FrozenLlm {
     fn nll(&self, h: Tensor<3>, merged: &Merged) -> (Tensor<1>, Tensor<2>) {
         let [b, s, d] = h.dims();
         let count = merged.positions.len();
-        let index = |values: &[i64]| {
-            Tensor::<1, Int>::from_data(TensorData::new(values.to_vec(), [count]), &self.device)
-        };
+        let index =
+            |values: &[i64]| Tensor::<1, Int>::from_data(TensorData::new(values.to_vec(), [count]), &self.device);
         let hidden = self.llm.forward(h, &self.llm.causal_layout(s, &self.device)); // [B,S,D]
         let hidden = hidden.reshape([b * s, d]).select(0, index(&merged.positions)); // [T,D]
         let logits = self.llm.logits(hidden); // [T,V]
@@ -392,11 +403,8 @@ pub async fn fisher_batch<B: LlmBoundary>(
         chunk.iter_mut().for_each(|v| *v *= scale);
     }
     let plain = device.clone();
-    let gradients = adapters.per_sample_gradients(
-        tensor(&batch.x, &plain),
-        tensor(&g, &plain),
-        tensor(&batch.image_mask, &plain),
-    );
+    let gradients =
+        adapters.per_sample_gradients(tensor(&batch.x, &plain), tensor(&g, &plain), tensor(&batch.image_mask, &plain));
     for (gradient, sum) in gradients.into_iter().zip(sums.0.values_mut()) {
         let squares = read(gradient.powi_scalar(2).sum_dim(0)).await?; // [B,..] -> [1,..]
         sum.data.iter_mut().zip(&squares.data).for_each(|(s, v)| *s += v);

@@ -332,7 +332,9 @@ pub enum WireError {
     #[error("{0} bytes that are not a FedNano frame; is something else talking to this address?")]
     NotAFrame(usize),
     /// Another version.
-    #[error("the other side speaks protocol version {theirs}, this side {VERSION}; reload the page or update the older program")]
+    #[error(
+        "the other side speaks protocol version {theirs}, this side {VERSION}; reload the page or update the older program"
+    )]
     Version {
         /// The other side's.
         theirs: u16,
@@ -347,7 +349,9 @@ impl WireError {
     pub fn fault(&self) -> Fault {
         let (code, remedy) = match self {
             Self::TooLarge(_) => (FaultCode::TooLarge, "use a smaller batch"),
-            Self::NotAFrame(_) | Self::Body(_) => (FaultCode::Malformed, "use a FedNano client of the server's version"),
+            Self::NotAFrame(_) | Self::Body(_) => {
+                (FaultCode::Malformed, "use a FedNano client of the server's version")
+            }
             Self::Version { .. } => (FaultCode::Version, "reload the page, or update the older program"),
         };
         Fault { code, cause: self.to_string(), remedy: remedy.into() }

@@ -58,7 +58,8 @@ pub fn imports() -> anyhow::Result<()> {
         anyhow::ensure!(!files.is_empty(), "{below} is empty: the rule is out of date");
         for file in files.iter().filter(|f| !except.iter().any(|e| f.ends_with(e))) {
             let code = code(file)?;
-            faults.extend(words.iter().filter(|w| code.contains(*w)).map(|w| format!("{} mentions {w}", file.display())));
+            faults
+                .extend(words.iter().filter(|w| code.contains(*w)).map(|w| format!("{} mentions {w}", file.display())));
         }
     }
     anyhow::ensure!(faults.is_empty(), "imports against the layering:\n{}", faults.join("\n"));

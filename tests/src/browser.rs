@@ -24,12 +24,21 @@ impl Browser {
     async fn open(extra: &[&str]) -> anyhow::Result<Self> {
         let free = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let program = on_path("chromedriver").context("no chromedriver")?;
-        let driver = Command::new(program).arg(format!("--port={free}")).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+        let driver =
+            Command::new(program).arg(format!("--port={free}")).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
         let profile = tempfile::tempdir()?;
-        let mut arguments: Vec<String> = ["--headless=new", "--no-sandbox", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1100,900"]
-            .iter()
-            .map(|s| (*s).to_owned())
-            .collect();
+        let mut arguments: Vec<String> = [
+            "--headless=new",
+            "--no-sandbox",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--window-size=1100,900",
+        ]
+        .iter()
+        .map(|s| (*s).to_owned())
+        .collect();
         arguments.push(format!("--user-data-dir={}", profile.path().display()));
         arguments.extend(extra.iter().map(|s| (*s).to_owned()));
         let binary = demo::chromium()?;
@@ -37,7 +46,11 @@ impl Browser {
         let capabilities = serde_json::Map::from_iter([("goog:chromeOptions".to_owned(), options)]);
         let mut tries = 0;
         let client = loop {
-            match ClientBuilder::new(hyper_client()).capabilities(capabilities.clone()).connect(&format!("http://127.0.0.1:{free}")).await {
+            match ClientBuilder::new(hyper_client())
+                .capabilities(capabilities.clone())
+                .connect(&format!("http://127.0.0.1:{free}"))
+                .await
+            {
                 Ok(client) => break client,
                 Err(e) if tries >= 100 => return Err(e).context("ChromeDriver gives no session"),
                 Err(_) => tries += 1,
@@ -60,7 +73,8 @@ impl Browser {
                 return Ok(value);
             }
             if started.elapsed() > Duration::from_secs(420) {
-                let page = self.script("return document.body.innerText + JSON.stringify(document.body.dataset)").await?;
+                let page =
+                    self.script("return document.body.innerText + JSON.stringify(document.body.dataset)").await?;
                 anyhow::bail!("the page never got to: {what}; it shows: {page}");
             }
             tokio::time::sleep(Duration::from_millis(200)).await;
@@ -92,7 +106,12 @@ async fn probe(device: &str, flags: &[&str]) -> anyhow::Result<()> {
     let server = Server::start(FederationSettings::default(), folder.path()).await?;
     let browser = Browser::open(flags).await?;
     browser.client.goto(&format!("{}/probe.html?federation=test&device={device}", server.base)).await?;
-    let state = browser.wait("the probe's result", "const s = document.body.dataset.state; return s === 'done' || s === 'error' ? s : null").await?;
+    let state = browser
+        .wait(
+            "the probe's result",
+            "const s = document.body.dataset.state; return s === 'done' || s === 'error' ? s : null",
+        )
+        .await?;
     let text = browser.client.find(Locator::Css("#result")).await?.text().await?;
     anyhow::ensure!(state == "done", "the probe failed: {text}");
     let got: ProbeResult = serde_json::from_str(&text)?;
@@ -120,7 +139,21 @@ pub fn two_tabs() -> anyhow::Result<()> {
     let root = fednano_tests::repository();
     let (model, www) = (fednano_tests::nano_llava().display().to_string(), root.join("www").display().to_string());
     let arguments = [
-        "demo", "--headless", "2", "--rounds", "2", "--pictures", "12", "--device", "cpu", "--timeout", "500", "--model", &model, "--www", &www,
+        "demo",
+        "--headless",
+        "2",
+        "--rounds",
+        "2",
+        "--pictures",
+        "12",
+        "--device",
+        "cpu",
+        "--timeout",
+        "500",
+        "--model",
+        &model,
+        "--www",
+        &www,
     ];
     let args = Cli::try_parse_from(arguments)?.args;
     block(LIMIT, async { demo::main(&args).await })
@@ -149,7 +182,10 @@ pub fn page_errors() -> anyhow::Result<()> {
         let state = browser.wait("ready", "return document.body.dataset.state === 'ready'").await?;
         anyhow::ensure!(state == true);
         let device = browser.script("return document.body.innerText").await?.to_string();
-        anyhow::ensure!(device.contains("WebAssembly") || device.contains("processor"), "the page does not say where it computes: {device}");
+        anyhow::ensure!(
+            device.contains("WebAssembly") || device.contains("processor"),
+            "the page does not say where it computes: {device}"
+        );
         browser.close().await?;
         server.stop().await
     })
@@ -163,15 +199,27 @@ pub fn server_restart() -> anyhow::Result<()> {
         let server = Server::start(settings.clone(), folder.path()).await?;
         let address = server.address().to_owned();
         let browser = Browser::open(&[]).await?;
-        browser.client.goto(&format!("{}/?federation=test&auto=1&device=cpu&shard=garden&pictures=12&questions=4&seed=3", server.base)).await?;
-        browser.wait("some steps", "return window.fednano && window.fednano.events.some(e => e.type === 'step' && e.step >= 3)").await?;
+        browser
+            .client
+            .goto(&format!(
+                "{}/?federation=test&auto=1&device=cpu&shard=garden&pictures=12&questions=4&seed=3",
+                server.base
+            ))
+            .await?;
+        browser
+            .wait(
+                "some steps",
+                "return window.fednano && window.fednano.events.some(e => e.type === 'step' && e.step >= 3)",
+            )
+            .await?;
         server.stop().await?;
         browser.wait("words for the loss", "return document.body.dataset.connection === 'lost'").await?;
         let words = browser.script("return document.body.innerText").await?.to_string();
         anyhow::ensure!(words.contains("again"), "the page does not say that it tries again: {words}");
         let server = Server::start_on(&address, settings, folder.path()).await?;
         browser.wait("the end", "return document.body.dataset.state === 'finished'").await?;
-        let resumed = browser.script("return window.fednano.events.some(e => e.type === 'joined' && e.resumed)").await?;
+        let resumed =
+            browser.script("return window.fednano.events.some(e => e.type === 'joined' && e.resumed)").await?;
         anyhow::ensure!(resumed == true, "the tab came back as somebody else");
         browser.close().await?;
         server.stop().await

@@ -58,7 +58,10 @@ async fn still_serves(server: &Server) -> anyhow::Result<()> {
 
 fn request(rows: usize) -> BoundaryRequest {
     BoundaryRequest {
-        hidden: TensorBlob { shape: vec![rows, 5, 192], data: (0..rows * 5 * 192).map(|i| (i % 7) as f32 * 0.1).collect() },
+        hidden: TensorBlob {
+            shape: vec![rows, 5, 192],
+            data: (0..rows * 5 * 192).map(|i| (i % 7) as f32 * 0.1).collect(),
+        },
         lengths: vec![5; rows],
         targets: (0..rows as u32).map(|row| Target { row, position: 3, token: 9 }).collect(),
     }
@@ -69,7 +72,11 @@ pub fn frames() -> anyhow::Result<()> {
         let (server, _folder) = server().await?;
         let garbage = refused(&server, vec![Message::Binary(b"hello, is this a web server?".to_vec().into())]).await?;
         expect(&garbage, FaultCode::Malformed, "28 bytes")?;
-        expect(&refused(&server, vec![Message::Text("hello".into())]).await?, FaultCode::Malformed, "not a FedNano frame")?;
+        expect(
+            &refused(&server, vec![Message::Text("hello".into())]).await?,
+            FaultCode::Malformed,
+            "not a FedNano frame",
+        )?;
         let mut damaged = wire::encode(&ClientMessage::Hello(hello("x", 1, Purpose::Train)));
         damaged.truncate(9);
         expect(&refused(&server, vec![Message::Binary(damaged.into())]).await?, FaultCode::Malformed, "damaged body")?;
@@ -148,7 +155,15 @@ pub fn nan_update() -> anyhow::Result<()> {
                         blob.data[5] = f32::NAN;
                     }
                     poisoned = Some(round);
-                    socket.send(wire::encode(&ClientMessage::Update(Update { round, adapter, fisher, samples: 3, loss: 1.0 }))).await?;
+                    socket
+                        .send(wire::encode(&ClientMessage::Update(Update {
+                            round,
+                            adapter,
+                            fisher,
+                            samples: 3,
+                            loss: 1.0,
+                        })))
+                        .await?;
                 }
                 ServerMessage::UpdateRefused { fault, .. } => break fault,
                 _ => {}
@@ -157,7 +172,10 @@ pub fn nan_update() -> anyhow::Result<()> {
         expect(&fault, FaultCode::Invalid, "'text.up' has the value NaN at index 5")?;
         anyhow::ensure!(poisoned == Some(1));
         let adapter = federation.adapter();
-        anyhow::ensure!(adapter.0.values().all(|b| b.data.iter().all(|v| v.is_finite())), "NaN reached the federation's adapters");
+        anyhow::ensure!(
+            adapter.0.values().all(|b| b.data.iter().all(|v| v.is_finite())),
+            "NaN reached the federation's adapters"
+        );
         anyhow::ensure!(federation.status().history.len() == 1, "a round was merged from a poisoned update");
         still_serves(&server).await?;
         server.stop().await
@@ -171,7 +189,9 @@ pub fn unknown_federation() -> anyhow::Result<()> {
         let fault = refused(&server, vec![frame(&ClientMessage::Hello(lost))]).await?;
         expect(&fault, FaultCode::UnknownFederation, "'elsewhere'")?;
         anyhow::ensure!(fault.remedy.contains("test"), "the remedy does not name the federations: {}", fault.remedy);
-        for (link, word) in [("not a link", "invite link"), ("ftp://x/?federation=a", "ftp:"), ("http://x/", "names no federation")] {
+        for (link, word) in
+            [("not a link", "invite link"), ("ftp://x/?federation=a", "ftp:"), ("http://x/", "names no federation")]
+        {
             let words = format!("{:#}", Invite::parse(link).err().context("accepted")?);
             anyhow::ensure!(words.contains(word), "'{word}' is not in: {words}");
         }
@@ -219,7 +239,10 @@ pub fn model_directory() -> anyhow::Result<()> {
     // Sizes that do not fit: all faults in one list.
     let folder = copy()?;
     let path = folder.path().join("config.json");
-    std::fs::write(&path, std::fs::read_to_string(&path)?.replace("\"intermediate_size\": 512", "\"intermediate_size\": 500"))?;
+    std::fs::write(
+        &path,
+        std::fs::read_to_string(&path)?.replace("\"intermediate_size\": 512", "\"intermediate_size\": 500"),
+    )?;
     let words = fault(&folder)?;
     anyhow::ensure!(words.matches("expected").count() > 4, "not all tensors are listed: {words}");
     Ok(())

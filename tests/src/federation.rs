@@ -16,16 +16,13 @@ async fn two_clients(server: &Server) -> anyhow::Result<[(Outcome, Heard); 2]> {
     let data = [shard(DemoTheme::Workshop, 1, 16, 4), shard(DemoTheme::Garden, 2, 16, 4)];
     let caches = [encode(&edge, &data[0]).await?, encode(&edge, &data[1]).await?];
     let (mut a, mut b) = (Heard::default(), Heard::default());
-    let (first, second) = tokio::join!(
-        take_part(&edge, &caches[0], &server.socket, "a", &mut a),
-        async {
-            // Numbers follow the order of joining.
-            while server.app.federation("test").is_some_and(|f| f.status().participants.is_empty()) {
-                tokio::task::yield_now().await;
-            }
-            take_part(&edge, &caches[1], &server.socket, "b", &mut b).await
-        },
-    );
+    let (first, second) = tokio::join!(take_part(&edge, &caches[0], &server.socket, "a", &mut a), async {
+        // Numbers follow the order of joining.
+        while server.app.federation("test").is_some_and(|f| f.status().participants.is_empty()) {
+            tokio::task::yield_now().await;
+        }
+        take_part(&edge, &caches[1], &server.socket, "b", &mut b).await
+    },);
     Ok([(first?, a), (second?, b)])
 }
 
@@ -36,7 +33,11 @@ pub fn two_native_clients() -> anyhow::Result<()> {
         let clients = two_clients(&server).await?;
         let federation = server.app.federation("test").ok_or_else(|| anyhow::anyhow!("no federation"))?;
         let status = federation.finished().await;
-        anyhow::ensure!(status.history.len() == 3, "{} results, expected zero-shot and two rounds", status.history.len());
+        anyhow::ensure!(
+            status.history.len() == 3,
+            "{} results, expected zero-shot and two rounds",
+            status.history.len()
+        );
         let (before, after) = (status.history[0].held_out.accuracy, status.history[2].held_out.accuracy);
         println!("held-out accuracy {before:.3} -> {after:.3}");
         anyhow::ensure!(after > before + 0.05, "accuracy did not rise: {before} -> {after}");
@@ -44,12 +45,18 @@ pub fn two_native_clients() -> anyhow::Result<()> {
             anyhow::ensure!(r.participants.len() == 2, "round {} merged {:?}", r.round, r.participants);
         }
         for (outcome, heard) in &clients {
-            anyhow::ensure!(*outcome == Outcome::Finished(federation.adapter()), "a client has other adapters than the server");
+            anyhow::ensure!(
+                *outcome == Outcome::Finished(federation.adapter()),
+                "a client has other adapters than the server"
+            );
             anyhow::ensure!(heard.0.iter().filter(|e| e.starts_with("uploaded")).count() == 2, "{:?}", heard.0);
         }
         for p in &status.participants {
             let t = p.traffic;
-            anyhow::ensure!(t.activations_up > 0 && t.gradients_down > 0 && t.updates_up > 0 && t.adapters_down > 0, "{t:?}");
+            anyhow::ensure!(
+                t.activations_up > 0 && t.gradients_down > 0 && t.updates_up > 0 && t.adapters_down > 0,
+                "{t:?}"
+            );
         }
         server.stop().await
     })
@@ -67,8 +74,11 @@ pub fn reproducible() -> anyhow::Result<()> {
             server.stop().await?;
         }
         // Batches of several clients may be merged, which moves the last bits; the strategy moves far more.
-        let values = |i: usize| results[i].iter().flat_map(|a| a.0.values()).flat_map(|b| b.data.iter().copied()).collect::<Vec<f32>>();
-        let (same, other) = (fednano_tests::deviation(&values(1), &values(0)), fednano_tests::deviation(&values(2), &values(0)));
+        let values = |i: usize| {
+            results[i].iter().flat_map(|a| a.0.values()).flat_map(|b| b.data.iter().copied()).collect::<Vec<f32>>()
+        };
+        let (same, other) =
+            (fednano_tests::deviation(&values(1), &values(0)), fednano_tests::deviation(&values(2), &values(0)));
         println!("same strategy {same:.1e}, other strategy {other:.1e}");
         anyhow::ensure!(same < 1e-2, "the same seed gave adapters that differ by {same}");
         anyhow::ensure!(other > 10.0 * same, "the strategy makes no difference: {other} against {same}");
@@ -102,12 +112,20 @@ pub fn restart() -> anyhow::Result<()> {
         let status = status.ok_or_else(|| anyhow::anyhow!("no federation"))?;
         anyhow::ensure!(status.phase == Phase::Finished && status.history.len() == 4, "{status:?}");
         anyhow::ensure!(status.participants.len() == 1, "it came back as somebody else: {:?}", status.participants);
-        anyhow::ensure!(heard.0.iter().any(|e| e.starts_with("lost")) && heard.0.contains(&"joined resumed=true".to_owned()), "{:?}", heard.0);
+        anyhow::ensure!(
+            heard.0.iter().any(|e| e.starts_with("lost")) && heard.0.contains(&"joined resumed=true".to_owned()),
+            "{:?}",
+            heard.0
+        );
         // What was trained before the loss is not trained again.
         let steps: Vec<_> = heard.0.iter().filter(|e| e.starts_with("step 2.")).collect();
         let mut unique = steps.clone();
         unique.dedup();
-        anyhow::ensure!(steps == unique && heard.0.iter().any(|e| e.starts_with("round 2 from") && e != "round 2 from 0"), "{:?}", heard.0);
+        anyhow::ensure!(
+            steps == unique && heard.0.iter().any(|e| e.starts_with("round 2 from") && e != "round 2 from 0"),
+            "{:?}",
+            heard.0
+        );
         restarted.stop().await
     })
 }

@@ -75,8 +75,14 @@ fn only(batch: &Batch, row: usize) -> Batch {
     let (seq, d) = (batch.x.shape[1], batch.x.shape[2]);
     let length = batch.lengths[row] as usize;
     Batch {
-        x: TensorBlob { shape: vec![1, length, d], data: batch.x.data[row * seq * d..(row * seq + length) * d].to_vec() },
-        image_mask: TensorBlob { shape: vec![1, length, 1], data: batch.image_mask.data[row * seq..row * seq + length].to_vec() },
+        x: TensorBlob {
+            shape: vec![1, length, d],
+            data: batch.x.data[row * seq * d..(row * seq + length) * d].to_vec(),
+        },
+        image_mask: TensorBlob {
+            shape: vec![1, length, 1],
+            data: batch.image_mask.data[row * seq..row * seq + length].to_vec(),
+        },
         lengths: vec![length as u32],
         targets: batch
             .targets
@@ -108,7 +114,11 @@ pub fn finite_differences() -> anyhow::Result<()> {
                 }
                 let adapters = NanoAdapters::from_state(&moved, &autodiff);
                 let (batch, h) = (&batch, &h);
-                async move { anyhow::Ok(f64::from(step::gradients(&adapters, batch, &mut InProcess(&h.llm), &h.device).await?.0.loss)) }
+                async move {
+                    anyhow::Ok(f64::from(
+                        step::gradients(&adapters, batch, &mut InProcess(&h.llm), &h.device).await?.0.loss,
+                    ))
+                }
             };
             // Small enough for curvature, large enough for f32; two sizes show which one dominates.
             let mut best = f64::INFINITY;
@@ -155,7 +165,9 @@ fn append(request: &mut BoundaryRequest, part: Batch) {
     let d = request.hidden.shape[2];
     let seq = request.hidden.shape[1].max(part.x.shape[1]);
     let pad = |data: &[f32], from: usize| {
-        data.chunks(from * d).flat_map(|row| row.iter().copied().chain(std::iter::repeat_n(0.0, seq * d - row.len()))).collect::<Vec<_>>()
+        data.chunks(from * d)
+            .flat_map(|row| row.iter().copied().chain(std::iter::repeat_n(0.0, seq * d - row.len())))
+            .collect::<Vec<_>>()
     };
     let rows = request.hidden.shape[0];
     let mut data = pad(&request.hidden.data, request.hidden.shape[1]);
@@ -172,7 +184,8 @@ pub fn count_check() -> anyhow::Result<()> {
         let batch = batch(&h, 2).await?;
         let state = probe::adapters(8, h.edge.config.text.hidden);
         let mut adapters = NanoAdapters::from_state(&state, &h.device.clone().autodiff());
-        adapters.text.up = Param::initialized(adapters.text.up.id, adapters.text.up.val().detach()).set_require_grad(false);
+        adapters.text.up =
+            Param::initialized(adapters.text.up.id, adapters.text.up.val().detach()).set_require_grad(false);
         match step::gradients(&adapters, &batch, &mut InProcess(&h.llm), &h.device).await {
             Err(StepError::GradientCount { found: 3 }) => Ok(()),
             other => anyhow::bail!("expected a gradient-count error, got {:?}", other.map(|(r, _)| r.loss)),

@@ -19,8 +19,27 @@ pub fn easy_vqa_run() -> anyhow::Result<serde_json::Value> {
     let model = nano_llava();
     let text = |p: &std::path::Path| p.display().to_string();
     let arguments = [
-        "simulate", "--model", &text(&model), "--data", &text(&data), "--clients", "3", "--alpha", "1", "--rounds", "4", "--seed", "1",
-        "--limit", "250", "--evaluation-limit", "500", "--strategy", "fisher", "--json", &text(&json),
+        "simulate",
+        "--model",
+        &text(&model),
+        "--data",
+        &text(&data),
+        "--clients",
+        "3",
+        "--alpha",
+        "1",
+        "--rounds",
+        "4",
+        "--seed",
+        "1",
+        "--limit",
+        "250",
+        "--evaluation-limit",
+        "500",
+        "--strategy",
+        "fisher",
+        "--json",
+        &text(&json),
     ];
     let args = Cli::try_parse_from(arguments)?.args;
     block(Duration::from_secs(550), async { simulate::main(&args).await })?;
@@ -37,7 +56,10 @@ pub fn easy_vqa_test() -> anyhow::Result<()> {
         ("the best question-only answer", number(&result["baselines"]["question_only"])),
     ] {
         println!("{what} {baseline:.3}, tuned {tuned:.3}");
-        anyhow::ensure!(tuned > baseline + 0.05, "tuned accuracy {tuned:.3} does not clearly exceed {what}, {baseline:.3}");
+        anyhow::ensure!(
+            tuned > baseline + 0.05,
+            "tuned accuracy {tuned:.3} does not clearly exceed {what}, {baseline:.3}"
+        );
     }
     anyhow::ensure!(result["rounds"].as_array().is_some_and(|r| r.len() == 5), "rounds are missing");
     Ok(())

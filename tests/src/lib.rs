@@ -87,7 +87,8 @@ pub fn fixture() -> PathBuf {
 /// easy-VQA, where somebody has put it.
 pub fn easy_vqa() -> Option<PathBuf> {
     let named = std::env::var_os("FEDNANO_EASY_VQA").map(PathBuf::from);
-    let places = named.into_iter().chain([repository().join("data/easy-vqa"), repository().join("../shared/data/easy-vqa")]);
+    let places =
+        named.into_iter().chain([repository().join("data/easy-vqa"), repository().join("../shared/data/easy-vqa")]);
     places.into_iter().find(|p| p.join("test/questions.json").exists())
 }
 
@@ -172,7 +173,13 @@ impl Server {
         let address = listener.local_addr()?;
         let serving = app.clone();
         let task = tokio::spawn(async move { serving.serve(listener).await });
-        Ok(Self { base: format!("http://{address}"), socket: format!("ws://{address}/ws"), app, shutdown, task: Some(task) })
+        Ok(Self {
+            base: format!("http://{address}"),
+            socket: format!("ws://{address}/ws"),
+            app,
+            shutdown,
+            task: Some(task),
+        })
     }
 
     /// Stop and wait.
@@ -234,7 +241,13 @@ pub async fn take_part<O: Observer>(
     observer: &mut O,
 ) -> anyhow::Result<Outcome> {
     let device = Device::flex();
-    let me = Participant { hello: hello(name, cache.samples.len(), Purpose::Train), edge, cache, device: &device, max_tries: 40 };
+    let me = Participant {
+        hello: hello(name, cache.samples.len(), Purpose::Train),
+        edge,
+        cache,
+        device: &device,
+        max_tries: 40,
+    };
     let mut connector = SocketConnector(socket.to_owned());
     Ok(participate(me, &mut connector, &fednano_server::native::TokioClock, observer).await?)
 }

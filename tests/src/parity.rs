@@ -31,7 +31,11 @@ impl Expected {
         let view = file.tensor(name)?;
         Ok(match view.data().len() / view.shape().iter().product::<usize>() {
             1 => view.data().iter().map(|b| i64::from(*b)).collect(),
-            _ => view.data().chunks_exact(8).map(|b| i64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]])).collect(),
+            _ => view
+                .data()
+                .chunks_exact(8)
+                .map(|b| i64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]))
+                .collect(),
         })
     }
 
@@ -67,7 +71,12 @@ pub fn vision_and_projector() -> anyhow::Result<()> {
         }
         let selected = parts.vision.forward(pixels);
         close("selected", &read(selected.clone()).await?, &expected.float("vision.selected")?, 1e-5)?;
-        close("image features", &read(parts.projector.forward(selected)).await?, &expected.float("image_features")?, 1e-5)
+        close(
+            "image features",
+            &read(parts.projector.forward(selected)).await?,
+            &expected.float("image_features")?,
+            1e-5,
+        )
     })
 }
 
@@ -77,7 +86,8 @@ pub fn preprocessing() -> anyhow::Result<()> {
     let want = expected.int("image_u8")?;
     let mut got = Vec::new();
     for i in 0..2 {
-        let picture = fednano_server::datasets::read_picture(&fixture().join(format!("images/image_{i}.png"))).map_err(anyhow::Error::msg)?;
+        let picture = fednano_server::datasets::read_picture(&fixture().join(format!("images/image_{i}.png")))
+            .map_err(anyhow::Error::msg)?;
         got.extend(files.preprocess.resize(&picture)?.rgb.into_iter().map(i64::from));
     }
     anyhow::ensure!(got.len() == want.len(), "{} values, expected {}", got.len(), want.len());
@@ -100,9 +110,15 @@ pub fn boundary() -> anyhow::Result<()> {
         let evaluated = InProcess(&h.llm).evaluate(request.clone()).await?;
         let nll = expected.float("token_nll")?;
         let seq = request.hidden.shape[1];
-        let want = request.targets.iter().map(|t| nll.data[t.row as usize * seq + t.position as usize]).collect::<Vec<_>>();
+        let want =
+            request.targets.iter().map(|t| nll.data[t.row as usize * seq + t.position as usize]).collect::<Vec<_>>();
         let count = vec![want.len()];
-        close("likelihoods", &TensorBlob { shape: count.clone(), data: evaluated.nll }, &TensorBlob { shape: count, data: want }, 1e-4)
+        close(
+            "likelihoods",
+            &TensorBlob { shape: count.clone(), data: evaluated.nll },
+            &TensorBlob { shape: count, data: want },
+            1e-4,
+        )
     })
 }
 

@@ -17,7 +17,8 @@ pub fn random_sequences() -> anyhow::Result<()> {
 
 fn sequence(seed: u64) -> anyhow::Result<()> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let limits = Limits { rounds: rng.random_range(1..5), min_participants: rng.random_range(1..4), deadline: 1000, grace: 50 };
+    let limits =
+        Limits { rounds: rng.random_range(1..5), min_participants: rng.random_range(1..4), deadline: 1000, grace: 50 };
     let mut machine = Machine::new(limits, 0);
     let (mut now, mut counted) = (0, BTreeSet::new());
     let (mut merged, mut connected, mut log) = (0, BTreeSet::new(), Vec::new());
@@ -29,7 +30,11 @@ fn sequence(seed: u64) -> anyhow::Result<()> {
             3 => Event::Lost(id),
             4 => Event::Left(id),
             // Mostly the current round, sometimes another.
-            5..=7 => Event::Updated { from: id, round: (machine.round() + u32::from(rng.random_bool(0.1))).saturating_sub(u32::from(rng.random_bool(0.1))) },
+            5..=7 => Event::Updated {
+                from: id,
+                round: (machine.round() + u32::from(rng.random_bool(0.1)))
+                    .saturating_sub(u32::from(rng.random_bool(0.1))),
+            },
             8 => Event::Evaluated,
             _ => Event::Tick,
         };
@@ -51,21 +56,28 @@ fn sequence(seed: u64) -> anyhow::Result<()> {
                 Action::Merge { round, from } => {
                     merged += 1;
                     anyhow::ensure!(*round == merged, say("rounds are merged out of order"));
-                    anyhow::ensure!(!from.is_empty() && from.iter().all(|p| counted.contains(&(*p, *round))), say("merged what was not counted"));
+                    anyhow::ensure!(
+                        !from.is_empty() && from.iter().all(|p| counted.contains(&(*p, *round))),
+                        say("merged what was not counted")
+                    );
                     let all = counted.iter().filter(|(_, r)| r == round).count();
                     anyhow::ensure!(all == from.len(), say("a counted update is not merged"));
                 }
                 // Dropped updates may be sent again.
                 Action::Abandon { round } => counted.retain(|(_, r)| r != round),
                 Action::Start { to, .. } => {
-                    anyhow::ensure!(to.iter().all(|p| connected.contains(p)), say("a round starts for somebody who is away"));
+                    anyhow::ensure!(
+                        to.iter().all(|p| connected.contains(p)),
+                        say("a round starts for somebody who is away")
+                    );
                 }
                 _ => {}
             }
         }
         // Every update is answered.
         if let Event::Updated { from, round } = event {
-            let answered = actions.iter().any(|a| *a == Action::Accept { from, round } || *a == Action::Refuse { from, round });
+            let answered =
+                actions.iter().any(|a| *a == Action::Accept { from, round } || *a == Action::Refuse { from, round });
             anyhow::ensure!(answered, say("an update got no answer"));
         }
         anyhow::ensure!(machine.round() <= limits.rounds, say("too many rounds"));

@@ -16,7 +16,9 @@ pub fn to_json(event: &ClientEvent<'_>) -> String {
         ClientEvent::Step { round, step, steps, loss, samples } => {
             json!({ "type": "step", "round": round, "step": step, "steps": steps, "loss": loss, "samples": samples })
         }
-        ClientEvent::Fisher { round, done, all } => json!({ "type": "fisher", "round": round, "done": done, "all": all }),
+        ClientEvent::Fisher { round, done, all } => {
+            json!({ "type": "fisher", "round": round, "done": done, "all": all })
+        }
         ClientEvent::Uploaded { round, .. } => json!({ "type": "uploaded", "round": round }),
         ClientEvent::NotCounted { round, fault } => json!({ "type": "notCounted", "round": round, "fault": fault }),
         ClientEvent::Lost { cause, retry_in } => {

@@ -16,7 +16,8 @@ pub async fn open(kind: &str) -> Result<Device, Failure> {
     match kind {
         "cpu" => Ok(Device::flex()),
         "webgpu" => Device::wgpu_options().init_async().await.map_err(|e| {
-            format!("WebGPU could not be opened ({e}); add device=cpu to the address to compute on the processor").into()
+            format!("WebGPU could not be opened ({e}); add device=cpu to the address to compute on the processor")
+                .into()
         }),
         other => Err(format!("'{other}' is no device; choose cpu or webgpu").into()),
     }

@@ -46,7 +46,10 @@ fn without_folders(name: &str) -> &str {
 pub fn from_rgba(width: usize, height: usize, rgba: &[u8]) -> Result<Picture, String> {
     let expected = width * height * 4;
     if expected == 0 || rgba.len() != expected {
-        return Err(format!("a picture of {width} x {height} pixels has {} bytes instead of {expected}; choose another file", rgba.len()));
+        return Err(format!(
+            "a picture of {width} x {height} pixels has {} bytes instead of {expected}; choose another file",
+            rgba.len()
+        ));
     }
     let rgb = rgba.chunks_exact(4).flat_map(|pixel| [pixel[0], pixel[1], pixel[2]]).collect();
     Ok(Picture { width, height, rgb })

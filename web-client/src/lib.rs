@@ -106,7 +106,9 @@ pub mod tab {
         /// Compute the frozen features of the data; `on_progress(done, all)`.
         pub async fn encode(&self, on_progress: js_sys::Function) -> Result<(), JsValue> {
             let report = |done: usize, all: usize| {
-                if let Err(e) = on_progress.call2(&JsValue::NULL, &JsValue::from(done as f64), &JsValue::from(all as f64)) {
+                if let Err(e) =
+                    on_progress.call2(&JsValue::NULL, &JsValue::from(done as f64), &JsValue::from(all as f64))
+                {
                     web_sys::console::error_1(&e);
                 }
             };
@@ -129,7 +131,13 @@ pub mod tab {
         }
 
         /// Ask about an own picture, with and without adapters.
-        pub async fn ask(&self, url: String, federation: String, picture: usize, question: String) -> Result<String, JsValue> {
+        pub async fn ask(
+            &self,
+            url: String,
+            federation: String,
+            picture: usize,
+            question: String,
+        ) -> Result<String, JsValue> {
             let picture = self.session.picture(picture).map_err(to_js)?;
             self.session.ask(url, federation, &picture, &question).await.map_err(to_js)
         }

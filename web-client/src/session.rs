@@ -126,7 +126,10 @@ impl Session {
     /// One picture.
     pub fn picture(&self, index: usize) -> Result<Picture, Failure> {
         let data = self.data();
-        data.pictures.get(index).cloned().ok_or_else(|| format!("there is no picture {index}; there are {}", data.pictures.len()).into())
+        data.pictures
+            .get(index)
+            .cloned()
+            .ok_or_else(|| format!("there is no picture {index}; there are {}", data.pictures.len()).into())
     }
 
     /// One sample as JSON.
@@ -196,20 +199,30 @@ impl Session {
     }
 
     /// Two answers as JSON: the untouched model's, and with the newest adapters (null before there are any).
-    pub async fn ask(&self, url: String, federation: String, picture: &Picture, question: &str) -> Result<String, Failure> {
+    pub async fn ask(
+        &self,
+        url: String,
+        federation: String,
+        picture: &Picture,
+        question: &str,
+    ) -> Result<String, Failure> {
         let question = question.trim();
         let mark = if question.ends_with('?') { "" } else { "?" };
         let prompt = self.edge.text.encode(&format!("{question}{mark}"), None)?;
         let features = self.edge.image_features(&[picture]).await?.concat();
         let mut boundary = connect(url, federation).await?;
         let latest = self.latest.borrow().clone();
-        let before = ask::answer(&self.edge, None, &prompt, &features, MAX_ANSWER_TOKENS, &mut boundary, &self.device).await?;
+        let before =
+            ask::answer(&self.edge, None, &prompt, &features, MAX_ANSWER_TOKENS, &mut boundary, &self.device).await?;
         let after = match &latest {
             None => None,
             Some(latest) => {
                 let adapters = NanoAdapters::from_state(&latest.adapter, &self.device.clone().autodiff());
                 let tuned = Some(&adapters);
-                Some(ask::answer(&self.edge, tuned, &prompt, &features, MAX_ANSWER_TOKENS, &mut boundary, &self.device).await?)
+                Some(
+                    ask::answer(&self.edge, tuned, &prompt, &features, MAX_ANSWER_TOKENS, &mut boundary, &self.device)
+                        .await?,
+                )
             }
         };
         let origin = latest.as_ref().map(|l| l.origin.as_str());

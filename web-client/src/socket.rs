@@ -68,7 +68,8 @@ pub struct Socket {
 impl Socket {
     /// Begin to connect.
     fn start(url: &str, leave: Rc<Leave>) -> Result<Self, TransportError> {
-        let socket = WebSocket::new(url).map_err(|_| TransportError::Lost(format!("'{url}' is no address of a server")))?;
+        let socket =
+            WebSocket::new(url).map_err(|_| TransportError::Lost(format!("'{url}' is no address of a server")))?;
         socket.set_binary_type(BinaryType::Arraybuffer);
         // Unbounded: the protocol has one request under way, and the server's status messages are small.
         let (sender, events) = mpsc::unbounded();
@@ -153,7 +154,9 @@ impl Transport for Socket {
         if self.socket.ready_state() != WebSocket::OPEN {
             return Err(TransportError::Lost("the connection is closed".to_owned()));
         }
-        self.socket.send_with_u8_array(&frame).map_err(|_| TransportError::Lost("the browser refused to send".to_owned()))
+        self.socket
+            .send_with_u8_array(&frame)
+            .map_err(|_| TransportError::Lost("the browser refused to send".to_owned()))
     }
 
     async fn receive(&mut self) -> Result<Vec<u8>, TransportError> {
@@ -176,9 +179,11 @@ pub struct TabClock {
 impl Clock for TabClock {
     async fn sleep(&self, time: Duration) {
         let mut timer = timer(time);
-        poll_fn(|cx| {
-            if self.leave.poll(cx) || timer.poll_unpin(cx).is_ready() { Poll::Ready(()) } else { Poll::Pending }
-        })
+        poll_fn(
+            |cx| {
+                if self.leave.poll(cx) || timer.poll_unpin(cx).is_ready() { Poll::Ready(()) } else { Poll::Pending }
+            },
+        )
         .await;
     }
 }

@@ -60,7 +60,12 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
     let native = args.native.unwrap_or(if tabs == 0 { 2 } else { 0 });
     // The person's tab is one more.
     let expected = native + tabs.max(usize::from(args.headless.is_none()));
-    let defaults = FederationSettings { min_participants: expected, rounds: if tabs > 0 { 3 } else { 5 }, local_epochs: 2, ..Default::default() };
+    let defaults = FederationSettings {
+        min_participants: expected,
+        rounds: if tabs > 0 { 3 } else { 5 },
+        local_epochs: 2,
+        ..Default::default()
+    };
     let settings = args.settings.settings(defaults)?;
     let listen = if tabs > 0 { "127.0.0.1:0" } else { &args.listen };
     let listener = bind(listen).await?;
@@ -75,7 +80,11 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
         evaluation_limit: 0,
         merge_requests: true,
     };
-    anyhow::ensure!(args.www.join("pkg/fednano_web.js").exists(), "{} holds no built page; run `just web` first", args.www.display());
+    anyhow::ensure!(
+        args.www.join("pkg/fednano_web.js").exists(),
+        "{} holds no built page; run `just web` first",
+        args.www.display()
+    );
     let shutdown = CancellationToken::new();
     let app = App::start(server, &device, shutdown.clone()).await?;
     let link = format!("http://{}/?federation=demo", listener.local_addr()?);
@@ -86,7 +95,9 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
     }
     let mut browsers = Browsers::default();
     if tabs == 0 {
-        println!("the LLM runs on {device_name}; two native participants are in and wait for you\n\n  open {link}\n\nCtrl-C ends the demo");
+        println!(
+            "the LLM runs on {device_name}; two native participants are in and wait for you\n\n  open {link}\n\nCtrl-C ends the demo"
+        );
         cancel_on_signal(shutdown.clone());
         let end = shutdown.clone();
         tokio::select! {
@@ -162,7 +173,12 @@ fn report(status: &Status, seconds: f64) -> serde_json::Value {
     let participants: BTreeMap<_, _> = status
         .participants
         .iter()
-        .map(|p| (p.name.clone(), serde_json::json!({"kind": p.kind, "device": p.device, "samples": p.samples, "bytes": p.traffic})))
+        .map(|p| {
+            (
+                p.name.clone(),
+                serde_json::json!({"kind": p.kind, "device": p.device, "samples": p.samples, "bytes": p.traffic}),
+            )
+        })
         .collect();
     serde_json::json!({"rounds": rounds, "participants": participants, "seconds": seconds})
 }
@@ -171,10 +187,16 @@ fn judge(status: &Status, tabs: usize) -> anyhow::Result<()> {
     let accuracy = |r: Option<&fednano_shared::wire::RoundResult>| r.map_or(0.0, |r| r.held_out.accuracy);
     let (first, last) = (accuracy(status.history.first()), accuracy(status.history.last()));
     anyhow::ensure!(last > first, "held-out accuracy did not rise: {first:.3} before, {last:.3} after");
-    let all: Vec<ParticipantId> = status.participants.iter().filter(|p| p.kind == ClientKind::Tab).map(|p| p.id).collect();
+    let all: Vec<ParticipantId> =
+        status.participants.iter().filter(|p| p.kind == ClientKind::Tab).map(|p| p.id).collect();
     anyhow::ensure!(all.len() == tabs, "{} tabs joined, expected {tabs}", all.len());
     for r in status.history.iter().skip(1) {
-        anyhow::ensure!(all.iter().all(|t| r.participants.contains(t)), "round {} was merged without some tab: {:?}", r.round, r.participants);
+        anyhow::ensure!(
+            all.iter().all(|t| r.participants.contains(t)),
+            "round {} was merged without some tab: {:?}",
+            r.round,
+            r.participants
+        );
     }
     Ok(())
 }
@@ -191,14 +213,23 @@ impl Browsers {
         let program = chromium()?;
         let webgpu = number == 2;
         let theme = DemoTheme::ALL[number % DemoTheme::ALL.len()].name();
-        let (device, name) = if webgpu { ("webgpu", "tab-webgpu".to_owned()) } else { ("cpu", format!("tab-cpu-{}", number + 1)) };
+        let (device, name) =
+            if webgpu { ("webgpu", "tab-webgpu".to_owned()) } else { ("cpu", format!("tab-cpu-{}", number + 1)) };
         let url = format!(
             "{link}&auto=1&device={device}&name={name}&shard={theme}&seed={}&pictures={}&questions={}",
-            number + 1, args.pictures, args.questions
+            number + 1,
+            args.pictures,
+            args.questions
         );
         let profile = std::env::temp_dir().join(format!("fednano-tab-{}-{number}", std::process::id()));
         let mut command = Command::new(program);
-        command.args(["--headless=new", "--no-sandbox", "--no-first-run", "--disable-background-networking", "--disable-component-update"]);
+        command.args([
+            "--headless=new",
+            "--no-sandbox",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+        ]);
         command.args(["--disable-sync", "--disable-background-timer-throttling", "--disable-renderer-backgrounding"]);
         if webgpu {
             command.args(SOFTWARE_WEBGPU);

@@ -53,7 +53,8 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
     if let Outcome::Finished(adapter) = outcome {
         println!("[{}] the federation is finished", args.name);
         if let Some(path) = &args.save {
-            std::fs::write(path, write_adapter(&adapter, 0)?).with_context(|| format!("cannot write {}", path.display()))?;
+            std::fs::write(path, write_adapter(&adapter, 0)?)
+                .with_context(|| format!("cannot write {}", path.display()))?;
         }
     }
     Ok(())
@@ -74,7 +75,13 @@ fn open(data: &str) -> anyhow::Result<Dataset> {
 ///
 /// # Errors
 /// Anything that ends the participation early.
-pub async fn take_part(url: &str, name: &str, data: &Dataset, device: DeviceChoice, max_tries: u32) -> anyhow::Result<Outcome> {
+pub async fn take_part(
+    url: &str,
+    name: &str,
+    data: &Dataset,
+    device: DeviceChoice,
+    max_tries: u32,
+) -> anyhow::Result<Outcome> {
     let invite = Invite::parse(url)?;
     let (device, words) = device.open()?;
     let link = invite.clone();

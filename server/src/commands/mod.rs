@@ -78,7 +78,9 @@ impl SettingFlags {
             round_deadline_s: self.round_deadline_s.unwrap_or(d.round_deadline_s),
             grace_s: self.grace_s.unwrap_or(d.grace_s),
         };
-        settings.validate().map_err(|faults| anyhow::anyhow!("these settings are not usable: {}", faults.join("; ")))?;
+        settings
+            .validate()
+            .map_err(|faults| anyhow::anyhow!("these settings are not usable: {}", faults.join("; ")))?;
         Ok(settings)
     }
 }

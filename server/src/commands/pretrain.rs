@@ -1,7 +1,10 @@
 //! `fednano pretrain`: make nano-llava from a seed.
 
 use crate::device::DeviceChoice;
+use crate::pretrain::card;
 use crate::pretrain::run::{Schedule, run};
+use anyhow::Context;
+use fednano_shared::model::files::ModelFiles;
 use std::path::PathBuf;
 
 /// Make the demo model nano-llava from a seed, on generated scenes.
@@ -55,7 +58,13 @@ pub fn main(args: &Args) -> anyhow::Result<()> {
         joint_rate: 1e-3,
         text_layers: args.layers,
     };
-    let seconds = run(schedule, &args.out, &device, args.restart)?;
-    println!("trained for {seconds:.0} s");
+    let seconds = run(schedule.clone(), &args.out, &device, args.restart)?;
+    println!("trained for {seconds:.0} s; measuring the finished files on held-out scenes");
+    let scores = card::measure(&args.out, args.seed, &device)?;
+    let parameters = ModelFiles::open(&args.out)?.weights.parameters();
+    let text = card::card(&schedule, seconds, &name, parameters, &scores);
+    let path = args.out.join("README.md");
+    std::fs::write(&path, &text).with_context(|| format!("cannot write {}", path.display()))?;
+    println!("{text}");
     Ok(())
 }

@@ -63,7 +63,8 @@ pub struct Args {
 /// Unusable data, model or settings.
 pub async fn main(args: &Args) -> anyhow::Result<()> {
     let started = Instant::now();
-    let defaults = FederationSettings { min_participants: args.clients, round_deadline_s: 86_400, ..Default::default() };
+    let defaults =
+        FederationSettings { min_participants: args.clients, round_deadline_s: 86_400, ..Default::default() };
     let settings = args.settings.settings(defaults)?;
     let (device, device_name) = args.device.open()?;
     let splits = datasets::open_splits(&args.data)?;
@@ -72,7 +73,10 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
     let shares = dirichlet(&splits.train.samples, args.clients, args.alpha, &mut rng)?;
     let limit = if args.limit == 0 { usize::MAX } else { args.limit };
     let shards: Vec<Dataset> = shares.iter().map(|rows| splits.train.subset(rows).limit(limit, &mut rng)).collect();
-    let baselines = (Dataset::constant_baseline(&splits.train, &splits.test), Dataset::question_only_baseline(&splits.train, &splits.test));
+    let baselines = (
+        Dataset::constant_baseline(&splits.train, &splits.test),
+        Dataset::question_only_baseline(&splits.train, &splits.test),
+    );
 
     let (folder, temporary) = match &args.data_dir {
         Some(folder) => (folder.clone(), false),
@@ -94,11 +98,16 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
     }
     let mut report = result?;
     let (constant, question_only) = baselines;
-    println!("best constant answer {:.1} %, best question-only answer {:.1} %", constant * 100.0, question_only * 100.0);
+    println!(
+        "best constant answer {:.1} %, best question-only answer {:.1} %",
+        constant * 100.0,
+        question_only * 100.0
+    );
     report["baselines"] = serde_json::json!({"constant": constant, "question_only": question_only});
     report["seconds"] = serde_json::json!(started.elapsed().as_secs_f64());
     if let Some(path) = &args.json {
-        std::fs::write(path, serde_json::to_vec_pretty(&report)?).with_context(|| format!("cannot write {}", path.display()))?;
+        std::fs::write(path, serde_json::to_vec_pretty(&report)?)
+            .with_context(|| format!("cannot write {}", path.display()))?;
         println!("results in {}", path.display());
     }
     Ok(())
@@ -137,7 +146,8 @@ async fn federate(
                 let cache = edge.encode(&shard, |_, _| {}).await?;
                 let (joined, seen) = oneshot::channel();
                 let observer = Seen { joined: Some(joined), bar: bar.clone() };
-                let task = client(number, cache, edge.clone(), device.clone(), ChannelConnector(shared.clone()), observer);
+                let task =
+                    client(number, cache, edge.clone(), device.clone(), ChannelConnector(shared.clone()), observer);
                 tasks.push(tokio::task::spawn_local(task));
                 // One after the other, so that numbers follow the split.
                 seen.await.context("a simulated client could not join")?;
@@ -154,7 +164,13 @@ async fn federate(
     let status = federation.finished().await;
     let last = full(Some(federation.adapter())).await?;
     for r in &status.history {
-        println!("round {:>2}: {:.1} % of {} (loss {:.3})", r.round, r.held_out.accuracy * 100.0, r.held_out.samples, r.held_out.loss);
+        println!(
+            "round {:>2}: {:.1} % of {} (loss {:.3})",
+            r.round,
+            r.held_out.accuracy * 100.0,
+            r.held_out.samples,
+            r.held_out.loss
+        );
     }
     println!("final: {:.1} % of {} test samples", last.accuracy * 100.0, last.samples);
     let traffic: BTreeMap<String, _> = status.participants.iter().map(|p| (p.name.clone(), p.traffic)).collect();

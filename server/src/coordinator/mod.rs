@@ -48,10 +48,23 @@ impl HeldOut {
     ///
     /// # Errors
     /// The cause in words.
-    pub fn evaluate(&self, adapter: Option<&AdapterState>, rows: &[usize], llm: &LlmHandle) -> Result<Evaluation, String> {
+    pub fn evaluate(
+        &self,
+        adapter: Option<&AdapterState>,
+        rows: &[usize],
+        llm: &LlmHandle,
+    ) -> Result<Evaluation, String> {
         let adapters = adapter.map(|a| NanoAdapters::from_state(a, &self.device.clone().autodiff()));
         let mut boundary = llm.clone();
-        let run = step::evaluate(&self.edge, adapters.as_ref(), &self.cache, rows, EVALUATION_BATCH, &mut boundary, &self.device);
+        let run = step::evaluate(
+            &self.edge,
+            adapters.as_ref(),
+            &self.cache,
+            rows,
+            EVALUATION_BATCH,
+            &mut boundary,
+            &self.device,
+        );
         futures_executor::block_on(run).map_err(|e| e.to_string())
     }
 }
@@ -221,18 +234,23 @@ pub fn start(
     if done == 0 && !first_evaluation {
         machine.step(0, Event::Evaluated);
     }
-    let participants = known.into_iter().map(|p| (ParticipantId(p.id), Participant {
-        token: SessionToken(p.token),
-        name: p.name,
-        kind: p.kind,
-        device: p.device,
-        samples: p.samples,
-        progress: (0, 0),
-        loss: None,
-        traffic: Traffic::default(),
-        outbox: None,
-        connection: 0,
-    }));
+    let participants = known.into_iter().map(|p| {
+        (
+            ParticipantId(p.id),
+            Participant {
+                token: SessionToken(p.token),
+                name: p.name,
+                kind: p.kind,
+                device: p.device,
+                samples: p.samples,
+                progress: (0, 0),
+                loss: None,
+                traffic: Traffic::default(),
+                outbox: None,
+                connection: 0,
+            },
+        )
+    });
     let (commands, inbox) = mpsc::channel(COMMANDS);
     let mut coordinator = Coordinator {
         name: name.to_owned(),
@@ -263,11 +281,8 @@ pub fn start(
         changed: true,
     };
     coordinator.show();
-    let handle = Federation {
-        commands,
-        status: coordinator.shown.subscribe(),
-        adapter: coordinator.shown_adapter.subscribe(),
-    };
+    let handle =
+        Federation { commands, status: coordinator.shown.subscribe(), adapter: coordinator.shown_adapter.subscribe() };
     if first_evaluation {
         coordinator.evaluate();
     }
@@ -334,7 +349,11 @@ impl Coordinator {
     }
 
     fn join(&mut self, hello: Hello) -> Result<Joined, Fault> {
-        let known = hello.resume.as_ref().and_then(|t| self.participants.iter().find(|(_, p)| p.token == *t)).map(|(id, _)| *id);
+        let known = hello
+            .resume
+            .as_ref()
+            .and_then(|t| self.participants.iter().find(|(_, p)| p.token == *t))
+            .map(|(id, _)| *id);
         let id = known.unwrap_or_else(|| ParticipantId(self.participants.keys().last().map_or(1, |id| id.0 + 1)));
         let token = match known.and_then(|id| self.participants.get(&id)) {
             Some(p) => p.token.clone(),
@@ -348,18 +367,21 @@ impl Coordinator {
         let connection = self.participants.get(&id).map_or(0, |p| p.connection) + 1;
         let mut traffic = self.participants.get(&id).map(|p| p.traffic).unwrap_or_default();
         traffic.edge_down += hello.edge_bytes;
-        self.participants.insert(id, Participant {
-            token: token.clone(),
-            name: hello.name,
-            kind: hello.kind,
-            device: hello.device,
-            samples: hello.samples,
-            progress: (0, 0),
-            loss: None,
-            traffic,
-            outbox: Some(sender),
-            connection,
-        });
+        self.participants.insert(
+            id,
+            Participant {
+                token: token.clone(),
+                name: hello.name,
+                kind: hello.kind,
+                device: hello.device,
+                samples: hello.samples,
+                progress: (0, 0),
+                loss: None,
+                traffic,
+                outbox: Some(sender),
+                connection,
+            },
+        );
         tracing::info!(federation = self.name, participant = id.0, again = known.is_some(), "joined");
         Ok(Joined { id, token, settings: self.settings.clone(), status: self.status(), outbox, connection })
     }
@@ -371,7 +393,8 @@ impl Coordinator {
             let fault = Fault {
                 code: FaultCode::Invalid,
                 cause: format!("the update was not counted: {cause}"),
-                remedy: "reload and join again; if training diverged, ask the operator for a lower learning rate".into(),
+                remedy: "reload and join again; if training diverged, ask the operator for a lower learning rate"
+                    .into(),
             };
             self.tell(from, ServerMessage::UpdateRefused { round, fault });
             // It cannot send a better one: the round must not wait for it.
@@ -408,7 +431,9 @@ impl Coordinator {
                 let current = self.machine.round();
                 let fault = Fault {
                     code: FaultCode::StaleRound,
-                    cause: format!("the update is for round {round}, the federation is in round {current}, or it was counted already"),
+                    cause: format!(
+                        "the update is for round {round}, the federation is in round {current}, or it was counted already"
+                    ),
                     remedy: "wait for the next round; nothing needs to be done".into(),
                 };
                 if !self.machine.updated(from) {
@@ -418,7 +443,11 @@ impl Coordinator {
             }
             Action::Merge { round, from } => self.merge(round, &from),
             Action::Abandon { round } => {
-                tracing::info!(federation = self.name, round, "no update arrived; the round begins anew when somebody is there");
+                tracing::info!(
+                    federation = self.name,
+                    round,
+                    "no update arrived; the round begins anew when somebody is there"
+                );
                 self.updates.clear();
             }
             Action::Finish => {
@@ -462,7 +491,13 @@ impl Coordinator {
         let training_loss = (!losses.is_empty()).then(|| losses.iter().sum::<f32>() / losses.len() as f32);
         let round = self.machine.round();
         let seconds = if round == 0 { 0.0 } else { self.round_started.elapsed().as_secs_f64() };
-        self.history.push(RoundResult { round, held_out, participants: self.merged_from.clone(), training_loss, seconds });
+        self.history.push(RoundResult {
+            round,
+            held_out,
+            participants: self.merged_from.clone(),
+            training_loss,
+            seconds,
+        });
         tracing::info!(federation = self.name, round, accuracy = held_out.accuracy, "evaluated");
         self.updates.clear();
         self.save();
@@ -492,7 +527,9 @@ impl Coordinator {
     }
 
     fn tell(&mut self, id: ParticipantId, message: ServerMessage) {
-        let Some(p) = self.participants.get_mut(&id) else { return };
+        let Some(p) = self.participants.get_mut(&id) else {
+            return;
+        };
         let status = matches!(message, ServerMessage::Status(_));
         if let Some(outbox) = &p.outbox
             && outbox.try_send(message).is_err()

@@ -253,7 +253,10 @@ mod tests {
     fn two_rounds_then_finished() {
         let mut m = in_round_one();
         assert_eq!(m.step(1, Updated { from: A, round: 1 }), [Accept { from: A, round: 1 }]);
-        assert_eq!(m.step(2, Updated { from: B, round: 1 }), [Accept { from: B, round: 1 }, Merge { round: 1, from: vec![A, B] }]);
+        assert_eq!(
+            m.step(2, Updated { from: B, round: 1 }),
+            [Accept { from: B, round: 1 }, Merge { round: 1, from: vec![A, B] }]
+        );
         assert_eq!(m.step(3, Evaluated), [Start { round: 2, to: vec![A, B] }]);
         m.step(4, Updated { from: B, round: 2 });
         m.step(4, Updated { from: A, round: 2 });
@@ -267,7 +270,10 @@ mod tests {
         m.step(1, Updated { from: A, round: 1 });
         assert_eq!(m.step(1, Updated { from: A, round: 1 }), [Refuse { from: A, round: 1 }]);
         assert_eq!(m.step(1, Updated { from: B, round: 2 }), [Refuse { from: B, round: 2 }]);
-        assert_eq!(m.step(1, Updated { from: ParticipantId(9), round: 1 }), [Refuse { from: ParticipantId(9), round: 1 }]);
+        assert_eq!(
+            m.step(1, Updated { from: ParticipantId(9), round: 1 }),
+            [Refuse { from: ParticipantId(9), round: 1 }]
+        );
     }
 
     #[test]

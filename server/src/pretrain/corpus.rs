@@ -123,7 +123,13 @@ pub fn batch<R: Rng>(
             if let Some(word) = &qa.early_word {
                 let word = text.ids(word, false)?;
                 if let Some(at) = question.iter().rposition(|id| word.contains(id)) {
-                    out.targets.push(WeightedTarget { row, position: start + at, token: answer[0], weight: EARLY_WEIGHT, question: None });
+                    out.targets.push(WeightedTarget {
+                        row,
+                        position: start + at,
+                        token: answer[0],
+                        weight: EARLY_WEIGHT,
+                        question: None,
+                    });
                 }
             }
             for (i, &token) in answer.iter().enumerate() {

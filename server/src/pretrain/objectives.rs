@@ -27,7 +27,8 @@ impl AlignmentWords {
             [id] => Ok(i64::from(id)),
             _ => Err(anyhow::anyhow!("'{word}' is not one token")),
         };
-        let with_nothing = |words: Vec<&'static str>| words.into_iter().chain(["nothing"]).map(id).collect::<Result<_, _>>();
+        let with_nothing =
+            |words: Vec<&'static str>| words.into_iter().chain(["nothing"]).map(id).collect::<Result<_, _>>();
         Ok(Self {
             shapes: with_nothing(Shape::ALL.iter().map(|s| s.word()).collect())?,
             colours: with_nothing(Colour::ALL.iter().map(|c| c.word()).collect())?,
@@ -86,7 +87,8 @@ pub fn dense(eyes: &Eyes, features: Tensor<3>, batch: &PackedBatch) -> Tensor<1>
     let [b, p, d] = features.dims();
     let logits = eyes.dense.forward(features.reshape([b * p, d])); // [B*P, classes]
     let shapes = cross_entropy(logits.clone().narrow(1, 0, SHAPE_CLASSES), &targets.shapes, &targets.weights);
-    let colours = cross_entropy(logits.clone().narrow(1, SHAPE_CLASSES, COLOUR_CLASSES), &targets.colours, &targets.weights);
+    let colours =
+        cross_entropy(logits.clone().narrow(1, SHAPE_CLASSES, COLOUR_CLASSES), &targets.colours, &targets.weights);
     let z = logits.narrow(1, SHAPE_CLASSES + COLOUR_CLASSES, 1).reshape([b * p]);
     let y = Tensor::<1>::from_data(TensorData::new(targets.centres, [b * p]), &z.device());
     let centres = (activation::softplus(z.clone(), 1.0) - z * y).mean();
@@ -103,7 +105,8 @@ pub fn alignment(speech: &Speech, projected: Tensor<3>, batch: &PackedBatch, wor
         let logits = patches.clone().matmul(speech.embed(ids, &device).transpose()); // [B*P, words]
         cross_entropy(logits, classes, weights)
     };
-    let what = near(&words.shapes, &targets.shapes, &targets.weights) + near(&words.colours, &targets.colours, &targets.weights);
+    let what = near(&words.shapes, &targets.shapes, &targets.weights)
+        + near(&words.colours, &targets.colours, &targets.weights);
     let place = near(&words.heights, &targets.heights, &targets.foreground)
         + near(&words.sides, &targets.sides, &targets.foreground);
     what + place * 0.5

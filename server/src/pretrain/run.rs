@@ -93,21 +93,36 @@ pub fn small_files(config: &ModelConfig, tokenizer_json: String) -> BTreeMap<Str
     BTreeMap::from([
         ("config.json".to_owned(), config.to_json().into_bytes()),
         ("tokenizer.json".to_owned(), tokenizer_json.into_bytes()),
-        ("tokenizer_config.json".to_owned(), json(serde_json::json!({
+        (
+            "tokenizer_config.json".to_owned(),
+            json(serde_json::json!({
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>",
-            "model_max_length": config.text.max_positions}))),
-        ("special_tokens_map.json".to_owned(), json(serde_json::json!({
-            "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}))),
-        ("generation_config.json".to_owned(), json(serde_json::json!({
-            "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}))),
-        ("processor_config.json".to_owned(), json(serde_json::json!({
+            "model_max_length": config.text.max_positions})),
+        ),
+        (
+            "special_tokens_map.json".to_owned(),
+            json(serde_json::json!({
+            "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})),
+        ),
+        (
+            "generation_config.json".to_owned(),
+            json(serde_json::json!({
+            "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})),
+        ),
+        (
+            "processor_config.json".to_owned(),
+            json(serde_json::json!({
             "processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": config.vision.patch_size,
-            "vision_feature_select_strategy": "default", "fednano_prompt": PROMPT}))),
-        ("preprocessor_config.json".to_owned(), json(serde_json::json!({
+            "vision_feature_select_strategy": "default", "fednano_prompt": PROMPT})),
+        ),
+        (
+            "preprocessor_config.json".to_owned(),
+            json(serde_json::json!({
             "image_processor_type": "CLIPImageProcessor", "do_resize": true, "do_center_crop": true, "do_normalize": true,
             "do_rescale": true, "do_convert_rgb": true, "resample": 3, "rescale_factor": 1.0 / 255.0,
             "size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size},
-            "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}))),
+            "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]})),
+        ),
     ])
 }
 
@@ -220,9 +235,8 @@ impl Trainer {
         let preprocess = Preprocess::from_json(&String::from_utf8_lossy(&files["preprocessor_config.json"]))?;
         let device = device.clone().autodiff();
         let mut rng = Stream::Train(u64::MAX - 2).rng(schedule.seed);
-        let optimizer = || {
-            AdamWConfig::new().with_beta_1(0.9).with_beta_2(0.98).with_epsilon(1e-8).with_weight_decay(0.02).init()
-        };
+        let optimizer =
+            || AdamWConfig::new().with_beta_1(0.9).with_beta_2(0.98).with_epsilon(1e-8).with_weight_decay(0.02).init();
         let pool = || rayon::ThreadPoolBuilder::new().num_threads(1).build();
         Ok(Self {
             pools: (0..PARTS).map(|_| pool()).collect::<Result<_, _>>()?,
@@ -263,7 +277,10 @@ impl Trainer {
             _ => Stage::Joint,
         };
         let gradients = self.gradients(stage, &parts)?;
-        let line = format!("{stage:?}: answers {:.3}, dense {:.3}, alignment {:.3}", gradients.answers, gradients.dense, gradients.alignment);
+        let line = format!(
+            "{stage:?}: answers {:.3}, dense {:.3}, alignment {:.3}",
+            gradients.answers, gradients.dense, gradients.alignment
+        );
         let (eyes_rate, speech_rate) = match stage {
             Stage::Eyes => (s.eyes_rate * warm_cosine(step, s.eyes_steps), 0.0),
             Stage::Align => (0.0, s.align_rate),
@@ -295,10 +312,15 @@ impl Trainer {
                     // Forked: the same parameters as leaves of a graph of their own.
                     let (eyes, speech) = (self.eyes.clone().fork(&self.device), self.speech.clone().fork(&self.device));
                     let (words, device) = (&self.words, &self.device);
-                    scope.spawn(move || pool.install(|| part_gradients(stage, &eyes, &speech, batch, size, words, device)))
+                    scope.spawn(move || {
+                        pool.install(|| part_gradients(stage, &eyes, &speech, batch, size, words, device))
+                    })
                 })
                 .collect();
-            threads.into_iter().map(|t| t.join().map_err(|_| anyhow::anyhow!("a training thread failed"))).collect::<Result<_, _>>()
+            threads
+                .into_iter()
+                .map(|t| t.join().map_err(|_| anyhow::anyhow!("a training thread failed")))
+                .collect::<Result<_, _>>()
         })?;
         let share = 1.0 / results.len() as f64;
         let mut mean = StepGradients::default();
@@ -351,7 +373,9 @@ impl Trainer {
     }
 
     fn resume(&mut self, work: &Path) -> anyhow::Result<(u64, f64)> {
-        let Some(from) = [work.join("current"), work.join("old")].into_iter().find(|p| p.join("progress.json").exists()) else {
+        let Some(from) =
+            [work.join("current"), work.join("old")].into_iter().find(|p| p.join("progress.json").exists())
+        else {
             return Ok((0, 0.0));
         };
         let progress: Progress = serde_json::from_slice(&std::fs::read(from.join("progress.json"))?)?;

@@ -67,7 +67,8 @@ impl Speech {
         let mut speech = speech.map(&mut StartValues { rng, path: Vec::new() });
         if config.text.kv_heads == config.text.heads {
             for layer in &mut speech.llm.layers {
-                let (q, k) = (layer.self_attn.q_proj.weight.val().detach(), layer.self_attn.k_proj.weight.val().detach());
+                let (q, k) =
+                    (layer.self_attn.q_proj.weight.val().detach(), layer.self_attn.k_proj.weight.val().detach());
                 let k = (q.clone() * 0.9 + k * 0.3) * 1.2;
                 layer.self_attn.q_proj.weight = Param::from_tensor((q * 1.2).detach());
                 layer.self_attn.k_proj.weight = Param::from_tensor(k.detach());

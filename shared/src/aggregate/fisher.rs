@@ -30,9 +30,11 @@ impl Aggregator for FisherMerge {
         let means: Vec<Vec<f64>> = updates
             .iter()
             .map(|u| {
-                u.fisher.iter().flat_map(|f| f.0.values()).map(|b| {
-                    b.data.iter().map(|v| f64::from(*v)).sum::<f64>() / b.data.len().max(1) as f64
-                }).collect()
+                u.fisher
+                    .iter()
+                    .flat_map(|f| f.0.values())
+                    .map(|b| b.data.iter().map(|v| f64::from(*v)).sum::<f64>() / b.data.len().max(1) as f64)
+                    .collect()
             })
             .collect();
         let names: Vec<&String> = global.0.keys().collect();
@@ -61,7 +63,10 @@ mod tests {
     #[test]
     fn by_hand() {
         // Element 0: (1*1*1 + 1*3*5) / (1*1 + 1*3) = 4; element 1: (2*0 + 1*8) / 3; equal Fisher: plain mean.
-        let updates = [update(1, 1, [1.0, 0.0, 4.0, 8.0], [1.0, 2.0, 5.0, 0.0]), update(2, 1, [5.0, 8.0, 0.0, 4.0], [3.0, 1.0, 5.0, 0.0])];
+        let updates = [
+            update(1, 1, [1.0, 0.0, 4.0, 8.0], [1.0, 2.0, 5.0, 0.0]),
+            update(2, 1, [5.0, 8.0, 0.0, 4.0], [3.0, 1.0, 5.0, 0.0]),
+        ];
         let merged = FisherMerge::default().aggregate(&scalars([0.0; 4]), &updates).unwrap();
         let expected = [4.0, 8.0 / 3.0, 2.0, 6.0];
         for ((name, blob), e) in merged.0.iter().zip(expected) {
@@ -93,11 +98,8 @@ mod tests {
 
     #[test]
     fn a_huge_fisher_cannot_own_an_element() {
-        let updates = [
-            update(1, 1, [0.0; 4], [1.0; 4]),
-            update(2, 1, [0.0; 4], [1.0; 4]),
-            update(3, 1, [102.0; 4], [1e30; 4]),
-        ];
+        let updates =
+            [update(1, 1, [0.0; 4], [1.0; 4]), update(2, 1, [0.0; 4], [1.0; 4]), update(3, 1, [102.0; 4], [1e30; 4])];
         let merged = FisherMerge::default().aggregate(&scalars([0.0; 4]), &updates).unwrap();
         assert!(merged.0.values().all(|b| (b.data[0] - 100.0).abs() < 1e-3)); // weight 100 of 102
     }

@@ -88,7 +88,11 @@ pub fn validate(strategy: Strategy, global: &AdapterState, update: &ClientUpdate
 ///
 /// # Errors
 /// [`AggregateError`].
-pub fn merge(strategy: Strategy, global: &AdapterState, mut updates: Vec<ClientUpdate>) -> Result<AdapterState, AggregateError> {
+pub fn merge(
+    strategy: Strategy,
+    global: &AdapterState,
+    mut updates: Vec<ClientUpdate>,
+) -> Result<AdapterState, AggregateError> {
     if updates.is_empty() {
         return Err(AggregateError::Empty);
     }
@@ -138,7 +142,12 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn update(client: u32, samples: u32, adapter: [f32; 4], fisher: [f32; 4]) -> ClientUpdate {
-        ClientUpdate { client: ParticipantId(client), adapter: scalars(adapter), fisher: Some(scalars(fisher)), samples }
+        ClientUpdate {
+            client: ParticipantId(client),
+            adapter: scalars(adapter),
+            fisher: Some(scalars(fisher)),
+            samples,
+        }
     }
 
     #[test]
@@ -150,7 +159,9 @@ pub(crate) mod tests {
         assert!(fault(Strategy::Fisher, ClientUpdate { fisher: None, ..good.clone() }).contains("no Fisher"));
         assert!(fault(Strategy::Fisher, update(3, 1, [1.0; 4], [1.0, -1.0, 1.0, 1.0])).contains("negative"));
         assert!(fault(Strategy::FedAvg, update(3, 1, [f32::NAN; 4], [1.0; 4])).contains("NaN"));
-        assert!(fault(Strategy::FedAvg, ClientUpdate { adapter: AdapterState::zeros(2, 1), ..good }).contains("[2, 1]"));
+        assert!(
+            fault(Strategy::FedAvg, ClientUpdate { adapter: AdapterState::zeros(2, 1), ..good }).contains("[2, 1]")
+        );
         assert_eq!(merge(Strategy::FedAvg, &global, vec![]), Err(AggregateError::Empty));
     }
 

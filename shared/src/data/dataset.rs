@@ -30,7 +30,9 @@ pub enum DataError {
         file: String,
     },
     /// A CSV column.
-    #[error("the CSV has no column '{missing}' (its first row is: {found}); the first row must name picture, question and answer, separated by commas")]
+    #[error(
+        "the CSV has no column '{missing}' (its first row is: {found}); the first row must name picture, question and answer, separated by commas"
+    )]
     Column {
         /// Name of the column.
         missing: &'static str,
@@ -38,7 +40,9 @@ pub enum DataError {
         found: String,
     },
     /// A CSV row that is too short or too long.
-    #[error("line {line} has {found} columns, the first row has {expected}; put text that contains commas into double quotes")]
+    #[error(
+        "line {line} has {found} columns, the first row has {expected}; put text that contains commas into double quotes"
+    )]
     Fields {
         /// Counted from 1.
         line: usize,
@@ -48,7 +52,9 @@ pub enum DataError {
         found: usize,
     },
     /// A part of a sample is absent, empty or not text.
-    #[error("{place} has no {what}; every sample needs a picture, a question and an answer: add it or remove the sample")]
+    #[error(
+        "{place} has no {what}; every sample needs a picture, a question and an answer: add it or remove the sample"
+    )]
     Missing {
         /// Line, entry or record.
         place: String,
@@ -62,7 +68,9 @@ pub enum DataError {
         place: String,
     },
     /// A LLaVA record without a picture.
-    #[error("record {record} has no picture: 'image' must be one file name; text-only records cannot be used yet, remove it")]
+    #[error(
+        "record {record} has no picture: 'image' must be one file name; text-only records cannot be used yet, remove it"
+    )]
     NoImage {
         /// Its id or number.
         record: String,
@@ -86,7 +94,9 @@ pub enum DataError {
         from: String,
     },
     /// A picture that could not be loaded.
-    #[error("'{name}' is not a picture that can be read: {cause}; put a readable picture there or remove its questions")]
+    #[error(
+        "'{name}' is not a picture that can be read: {cause}; put a readable picture there or remove its questions"
+    )]
     Picture {
         /// As written in the data set.
         name: String,
@@ -396,7 +406,9 @@ fn llava(records: &[Value]) -> Result<Vec<Entry>, DataError> {
                     entries.push(Entry { picture: picture.to_owned(), question, answer: said.trim().to_owned() });
                 }
                 ("human" | "gpt", Some(question)) => return Err(DataError::Unanswered { record, question }),
-                _ => return Err(DataError::Turn { record, turn: t + 1, from: from.to_owned() }),
+                _ => {
+                    return Err(DataError::Turn { record, turn: t + 1, from: from.to_owned() });
+                }
             }
         }
         if let Some(question) = asked {

@@ -159,8 +159,11 @@ mod tests {
     use super::*;
 
     fn preprocess() -> Preprocess {
-        Preprocess::from_json(r#"{"size":{"shortest_edge":4},"crop_size":{"height":4,"width":4},
-            "image_mean":[0.5,0.5,0.5],"image_std":[0.5,0.5,0.5]}"#).unwrap()
+        Preprocess::from_json(
+            r#"{"size":{"shortest_edge":4},"crop_size":{"height":4,"width":4},
+            "image_mean":[0.5,0.5,0.5],"image_std":[0.5,0.5,0.5]}"#,
+        )
+        .unwrap()
     }
 
     #[test]

@@ -125,9 +125,7 @@ mod tests {
     use rand_chacha::ChaCha8Rng;
 
     fn samples(n: usize, answers: usize) -> Vec<Sample> {
-        (0..n)
-            .map(|i| Sample { picture: i, question: "q".into(), answer: format!("a{}", i % answers) })
-            .collect()
+        (0..n).map(|i| Sample { picture: i, question: "q".into(), answer: format!("a{}", i % answers) }).collect()
     }
 
     fn split(samples: &[Sample], clients: usize, alpha: f64, seed: u64) -> Vec<Vec<usize>> {

@@ -24,7 +24,9 @@ pub enum TextError {
     #[error("the question '{0}' has no answer; every training sample needs one")]
     NoAnswer(String),
     /// Longer than the model's positions.
-    #[error("the question '{question}' takes {tokens} tokens with its picture, the model has {limit} positions; shorten it")]
+    #[error(
+        "the question '{question}' takes {tokens} tokens with its picture, the model has {limit} positions; shorten it"
+    )]
     TooLong {
         /// Its text.
         question: String,
@@ -88,9 +90,13 @@ impl TextCodec {
         let eos = &generation["eos_token_id"];
         let eos = eos.as_u64().or_else(|| eos[0].as_u64()).map(|n| n as u32);
         let eos = eos.or_else(|| tokenizer.token_to_id("</s>"));
-        let eos = eos.ok_or_else(|| fault("generation_config.json")("no eos_token_id, and no </s> in tokenizer.json".into()))?;
+        let eos = eos
+            .ok_or_else(|| fault("generation_config.json")("no eos_token_id, and no </s> in tokenizer.json".into()))?;
         if tokenizer.token_to_id("<image>").is_none_or(|id| id != config.image_token) {
-            return Err(fault("tokenizer.json")(format!("<image> must be token {}, the image_token_index of config.json", config.image_token)));
+            return Err(fault("tokenizer.json")(format!(
+                "<image> must be token {}, the image_token_index of config.json",
+                config.image_token
+            )));
         }
         let prompt = processor["fednano_prompt"].as_str().unwrap_or(LLAVA_PROMPT).to_owned();
         if prompt.matches("<image>").count() != 1 || prompt.matches("{question}").count() != 1 {

@@ -56,10 +56,8 @@ impl NanoAdapters {
             let data = TensorData::new(blob.data.clone(), blob.shape.clone());
             Param::from_tensor(Tensor::from_data(data, device))
         };
-        let adapter = |part: &str| NanoAdapter {
-            down: param(&format!("{part}.down")),
-            up: param(&format!("{part}.up")),
-        };
+        let adapter =
+            |part: &str| NanoAdapter { down: param(&format!("{part}.down")), up: param(&format!("{part}.up")) };
         Self { image: adapter("image"), text: adapter("text") }
     }
 
@@ -94,7 +92,12 @@ impl NanoAdapters {
     ///
     /// # Shapes
     /// - x, g: `[B, S, D]`, image_mask: `[B, S, 1]`; output: four `[B, ..]` in the order of [`AdapterState::NAMES`]
-    pub fn per_sample_gradients(&self, x: Tensor<3>, g: Tensor<3>, image_mask: Tensor<3>) -> [Tensor<3>; TRAINABLE_TENSORS] {
+    pub fn per_sample_gradients(
+        &self,
+        x: Tensor<3>,
+        g: Tensor<3>,
+        image_mask: Tensor<3>,
+    ) -> [Tensor<3>; TRAINABLE_TENSORS] {
         let part = |adapter: &NanoAdapter, mask: Tensor<3>| {
             let (down, up) = (adapter.down.val().inner_plain(), adapter.up.val().inner_plain());
             let g = g.clone() * mask;
@@ -124,7 +127,8 @@ impl InnerPlain for Tensor<2> {
 /// Derivative of the exact GELU: `Phi(a) + a phi(a)`.
 fn gelu_derivative(a: Tensor<3>) -> Tensor<3> {
     let cdf = (a.clone() * std::f64::consts::FRAC_1_SQRT_2).erf() * 0.5 + 0.5;
-    let pdf = (a.clone().powi_scalar(2) * -0.5).exp() * (0.5 * std::f64::consts::FRAC_2_SQRT_PI * std::f64::consts::FRAC_1_SQRT_2);
+    let pdf = (a.clone().powi_scalar(2) * -0.5).exp()
+        * (0.5 * std::f64::consts::FRAC_2_SQRT_PI * std::f64::consts::FRAC_1_SQRT_2);
     cdf + a * pdf
 }
 

@@ -16,7 +16,9 @@ use std::collections::{BTreeMap, BTreeSet};
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
     /// A file that must be there is not.
-    #[error("{file} cannot be read: {cause}; a model directory needs config.json, tokenizer.json, preprocessor_config.json and model.safetensors (or an index with its parts)")]
+    #[error(
+        "{file} cannot be read: {cause}; a model directory needs config.json, tokenizer.json, preprocessor_config.json and model.safetensors (or an index with its parts)"
+    )]
     File {
         /// Its name.
         file: String,
@@ -98,6 +100,14 @@ impl Weights {
         self.index.keys().map(String::as_str)
     }
 
+    /// Number of values in all tensors.
+    pub fn parameters(&self) -> usize {
+        let counts = self.files.iter().filter_map(|f| SafeTensors::deserialize(f).ok());
+        counts
+            .flat_map(|f| f.tensors().into_iter().map(|(_, t)| t.shape().iter().product::<usize>()).collect::<Vec<_>>())
+            .sum()
+    }
+
     /// A tensor widened to f32, in the file's own layout.
     ///
     /// # Errors
@@ -106,9 +116,11 @@ impl Weights {
         let (file, original) = self.index.get(name).ok_or_else(|| format!("{name}: missing"))?;
         let parsed = SafeTensors::deserialize(&self.files[*file]).map_err(|e| e.to_string())?;
         let view = parsed.tensor(original).map_err(|e| e.to_string())?;
-        Ok(TensorBlob { shape: view.shape().to_vec(), data: widen(&view).ok_or_else(|| {
-            format!("{name}: stored as {:?}, supported are F32, F16, BF16", view.dtype())
-        })? })
+        Ok(TensorBlob {
+            shape: view.shape().to_vec(),
+            data: widen(&view)
+                .ok_or_else(|| format!("{name}: stored as {:?}, supported are F32, F16, BF16", view.dtype()))?,
+        })
     }
 
     /// Fill a module; `prefix` is put before its parameters' paths. Faults are added to `faults`, the module is returned
@@ -236,7 +248,11 @@ pub enum Storage {
 ///
 /// # Errors
 /// When the library refuses, with its words.
-pub fn write(tensors: &[(String, TensorBlob)], storage: Storage, metadata: &[(String, String)]) -> Result<Vec<u8>, String> {
+pub fn write(
+    tensors: &[(String, TensorBlob)],
+    storage: Storage,
+    metadata: &[(String, String)],
+) -> Result<Vec<u8>, String> {
     let bytes: Vec<(String, Vec<usize>, Vec<u8>)> = tensors
         .iter()
         .map(|(name, blob)| {
@@ -289,7 +305,11 @@ pub fn load_edge(config: &ModelConfig, weights: &Weights, device: &Device) -> Re
     let vision = weights.load(VisionTower::init(config, device), "vision_tower.", &mut faults);
     let projector = weights.load(Projector::init(config, device), "multi_modal_projector.", &mut faults);
     let token_table = token_table(config, weights, &mut faults);
-    if faults.is_empty() { Ok(EdgeParts { vision, projector, token_table }) } else { Err(CheckpointError::Tensors(faults)) }
+    if faults.is_empty() {
+        Ok(EdgeParts { vision, projector, token_table })
+    } else {
+        Err(CheckpointError::Tensors(faults))
+    }
 }
 
 fn token_table(config: &ModelConfig, weights: &Weights, faults: &mut Vec<String>) -> TensorBlob {
@@ -316,7 +336,8 @@ pub fn load_llm(config: &ModelConfig, weights: &Weights, device: &Device) -> Res
         if faults.is_empty() {
             let tensor = Tensor::<2>::from_data(TensorData::new(table.data, table.shape), device).transpose();
             let id = llm.lm_head.weight.id;
-            let head = std::mem::replace(&mut llm.lm_head.weight, Param::initialized(id, tensor).set_require_grad(false));
+            let head =
+                std::mem::replace(&mut llm.lm_head.weight, Param::initialized(id, tensor).set_require_grad(false));
             drop(head);
         }
         let mut ignored = Vec::new();
@@ -332,7 +353,9 @@ pub fn load_llm(config: &ModelConfig, weights: &Weights, device: &Device) -> Res
         weights
             .names()
             .filter(|n| n.starts_with("language_model.") || n.starts_with("lm_head."))
-            .filter(|n| !expected.contains(*n) && *n != "language_model.embed_tokens.weight" && !known_unused(n, config))
+            .filter(|n| {
+                !expected.contains(*n) && *n != "language_model.embed_tokens.weight" && !known_unused(n, config)
+            })
             .map(|n| format!("{n}: not part of the model that config.json describes")),
     );
     if faults.is_empty() { Ok(llm) } else { Err(CheckpointError::Tensors(faults)) }

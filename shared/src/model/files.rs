@@ -95,7 +95,10 @@ impl ModelFiles {
         for part in parts {
             // A name in an index is no path.
             if part.contains(['/', '\\']) {
-                return Err(CheckpointError::Damaged { file: index.into(), cause: format!("it names '{part}' outside the directory") });
+                return Err(CheckpointError::Damaged {
+                    file: index.into(),
+                    cause: format!("it names '{part}' outside the directory"),
+                });
             }
             let bytes = read(&part)?;
             files.insert(part, bytes);

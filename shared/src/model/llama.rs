@@ -164,17 +164,14 @@ impl Llama {
     /// - positions, segments: B rows of S
     pub fn packed_layout(&self, positions: &[Vec<u32>], segments: &[Vec<u32>], device: &Device) -> AttentionLayout {
         let (b, s, half) = (positions.len(), positions.first().map_or(0, Vec::len), self.head_dim / 2);
-        let inverse: Vec<f64> = (0..half)
-            .map(|i| self.rope_theta.powf(-2.0 * i as f64 / self.head_dim as f64))
-            .collect();
+        let inverse: Vec<f64> =
+            (0..half).map(|i| self.rope_theta.powf(-2.0 * i as f64 / self.head_dim as f64)).collect();
         let angles = positions.iter().flatten().flat_map(|&p| inverse.iter().map(move |f| f64::from(p) * f));
         let (sin, cos): (Vec<f32>, Vec<f32>) = angles.map(|a| (a.sin() as f32, a.cos() as f32)).unzip();
         let mut bias = Vec::with_capacity(b * s * s);
         for row in segments {
             for i in 0..s {
-                bias.extend((0..s).map(|j| {
-                    if j <= i && (row[j] == 0 || row[j] == row[i]) { 0.0 } else { FORBIDDEN }
-                }));
+                bias.extend((0..s).map(|j| if j <= i && (row[j] == 0 || row[j] == row[i]) { 0.0 } else { FORBIDDEN }));
             }
         }
         let tensor = |data: Vec<f32>, shape: [usize; 4]| Tensor::from_data(TensorData::new(data, shape), device);

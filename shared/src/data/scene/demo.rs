@@ -7,21 +7,14 @@ use super::facts::{NUMBERS, fill, pick, with_article, yes_no};
 use super::layout::{Scene, Style};
 use super::object::Colour;
 use super::questions::{Qa, QuestionKind, draw};
-use crate::data::picture::Picture;
 use super::theme::DemoTheme;
+use crate::data::picture::Picture;
 
 /// Up to `count` different questions about a scene in the wording of a theme.
 /// Every answer is a word that occurs as an answer in pretraining.
-pub fn demo_questions<R: Rng>(
-    scene: &Scene,
-    theme: DemoTheme,
-    rng: &mut R,
-    count: usize,
-) -> Vec<Qa> {
+pub fn demo_questions<R: Rng>(scene: &Scene, theme: DemoTheme, rng: &mut R, count: usize) -> Vec<Qa> {
     let mix = theme.dialect().mix;
-    draw(mix, count, rng, |kind, truth, rng: &mut R| {
-        build(scene, theme, kind, truth, rng)
-    })
+    draw(mix, count, rng, |kind, truth, rng: &mut R| build(scene, theme, kind, truth, rng))
 }
 
 /// A shard of a participant: pictures with 1 to 3 objects, each with up to
@@ -45,13 +38,7 @@ pub fn demo_shard(
 }
 
 /// One question of a kind, `None` if the kind does not apply this time.
-fn build<R: Rng>(
-    scene: &Scene,
-    theme: DemoTheme,
-    kind: QuestionKind,
-    truth: bool,
-    rng: &mut R,
-) -> Option<Qa> {
+fn build<R: Rng>(scene: &Scene, theme: DemoTheme, kind: QuestionKind, truth: bool, rng: &mut R) -> Option<Qa> {
     let dialect = theme.dialect();
     let colours: Vec<Colour> = theme.swatches().iter().map(|s| s.colour).collect();
     let (forms, slot, word, answer) = match kind {
@@ -67,21 +54,11 @@ fn build<R: Rng>(
         }
         QuestionKind::ExistColour => {
             let colour = scene.some_colour(truth, &colours, rng)?.word();
-            (
-                dialect.exist_colour,
-                "{c}",
-                colour.to_owned(),
-                yes_no(truth),
-            )
+            (dialect.exist_colour, "{c}", colour.to_owned(), yes_no(truth))
         }
         QuestionKind::ExistShape => {
             let shape = scene.some_shape(truth, theme.shapes(), rng)?.word();
-            (
-                dialect.exist_shape,
-                "{p}",
-                with_article(shape),
-                yes_no(truth),
-            )
+            (dialect.exist_shape, "{p}", with_article(shape), yes_no(truth))
         }
         QuestionKind::Negation if rng.random_bool(0.5) => {
             let colour = scene.some_colour(!truth, &colours, rng)?.word();
@@ -89,12 +66,7 @@ fn build<R: Rng>(
         }
         QuestionKind::Negation => {
             let shape = scene.some_shape(!truth, theme.shapes(), rng)?.word();
-            (
-                dialect.lack_shape,
-                "{p}",
-                with_article(shape),
-                yes_no(truth),
-            )
+            (dialect.lack_shape, "{p}", with_article(shape), yes_no(truth))
         }
         QuestionKind::Count if rng.random_bool(0.3) => {
             let number = *NUMBERS.get(scene.objects.len())?;
@@ -103,12 +75,7 @@ fn build<R: Rng>(
         QuestionKind::Count => {
             let colour = scene.some_colour(rng.random_bool(0.75), &colours, rng)?;
             let number = *NUMBERS.get(scene.count_colour(colour))?;
-            (
-                dialect.count_colour,
-                "{c}",
-                colour.word().to_owned(),
-                number,
-            )
+            (dialect.count_colour, "{c}", colour.word().to_owned(), number)
         }
         QuestionKind::Position => {
             let object = scene.unique_shape(rng)?;
@@ -143,11 +110,7 @@ fn build<R: Rng>(
         | QuestionKind::Caption => return None,
     };
     let form = pick(forms, rng)?;
-    let question = if slot.is_empty() {
-        form.to_owned()
-    } else {
-        fill(form, &[(slot, word.as_str())])
-    };
+    let question = if slot.is_empty() { form.to_owned() } else { fill(form, &[(slot, word.as_str())]) };
     Some(Qa::new(kind, question, answer))
 }
 
@@ -189,8 +152,7 @@ mod tests {
         for theme in DemoTheme::ALL {
             for (_, asked) in demo_shard(theme, 1, 150, 6) {
                 assert!(asked.len() >= 4, "{theme:?}");
-                let different: HashSet<&str> =
-                    asked.iter().map(|qa| qa.question.as_str()).collect();
+                let different: HashSet<&str> = asked.iter().map(|qa| qa.question.as_str()).collect();
                 assert_eq!(different.len(), asked.len());
                 for qa in &asked {
                     assert!(answers.contains(&qa.answer.as_str()), "{}", qa.answer);

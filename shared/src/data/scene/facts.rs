@@ -25,21 +25,13 @@ pub(super) fn yes_no(truth: bool) -> &'static str {
 
 /// A noun with its indefinite article.
 pub(super) fn with_article(noun: &str) -> String {
-    let article = if noun.starts_with(['a', 'e', 'i', 'o', 'u']) {
-        "an"
-    } else {
-        "a"
-    };
+    let article = if noun.starts_with(['a', 'e', 'i', 'o', 'u']) { "an" } else { "a" };
     format!("{article} {noun}")
 }
 
 /// A template with every slot (such as `{s}`) replaced.
 pub(super) fn fill(template: &str, slots: &[(&str, &str)]) -> String {
-    slots
-        .iter()
-        .fold(template.to_owned(), |text, (slot, word)| {
-            text.replace(*slot, word)
-        })
+    slots.iter().fold(template.to_owned(), |text, (slot, word)| text.replace(*slot, word))
 }
 
 impl Scene {
@@ -55,67 +47,36 @@ impl Scene {
 
     /// How many objects have both this colour and this shape.
     pub(super) fn count_pair(&self, colour: Colour, shape: Shape) -> usize {
-        self.objects
-            .iter()
-            .filter(|o| o.colour == colour && o.shape == shape)
-            .count()
+        self.objects.iter().filter(|o| o.colour == colour && o.shape == shape).count()
     }
 
     /// A random object whose shape no other object has.
     pub(super) fn unique_shape<R: Rng>(&self, rng: &mut R) -> Option<Object> {
-        let unique: Vec<Object> = self
-            .objects
-            .iter()
-            .copied()
-            .filter(|o| self.count_shape(o.shape) == 1)
-            .collect();
+        let unique: Vec<Object> = self.objects.iter().copied().filter(|o| self.count_shape(o.shape) == 1).collect();
         pick(&unique, rng)
     }
 
     /// A random object whose colour no other object has.
     pub(super) fn unique_colour<R: Rng>(&self, rng: &mut R) -> Option<Object> {
-        let unique: Vec<Object> = self
-            .objects
-            .iter()
-            .copied()
-            .filter(|o| self.count_colour(o.colour) == 1)
-            .collect();
+        let unique: Vec<Object> = self.objects.iter().copied().filter(|o| self.count_colour(o.colour) == 1).collect();
         pick(&unique, rng)
     }
 
     /// A colour that occurs (`seen`), or one of `colours` that does not.
-    pub(super) fn some_colour<R: Rng>(
-        &self,
-        seen: bool,
-        colours: &[Colour],
-        rng: &mut R,
-    ) -> Option<Colour> {
+    pub(super) fn some_colour<R: Rng>(&self, seen: bool, colours: &[Colour], rng: &mut R) -> Option<Colour> {
         if seen {
             return pick(&self.objects, rng).map(|o| o.colour);
         }
-        let absent: Vec<Colour> = colours
-            .iter()
-            .copied()
-            .filter(|&colour| self.count_colour(colour) == 0)
-            .collect();
+        let absent: Vec<Colour> = colours.iter().copied().filter(|&colour| self.count_colour(colour) == 0).collect();
         pick(&absent, rng)
     }
 
     /// A shape that occurs (`seen`), or one of `shapes` that does not.
-    pub(super) fn some_shape<R: Rng>(
-        &self,
-        seen: bool,
-        shapes: &[Shape],
-        rng: &mut R,
-    ) -> Option<Shape> {
+    pub(super) fn some_shape<R: Rng>(&self, seen: bool, shapes: &[Shape], rng: &mut R) -> Option<Shape> {
         if seen {
             return pick(&self.objects, rng).map(|o| o.shape);
         }
-        let absent: Vec<Shape> = shapes
-            .iter()
-            .copied()
-            .filter(|&shape| self.count_shape(shape) == 0)
-            .collect();
+        let absent: Vec<Shape> = shapes.iter().copied().filter(|&shape| self.count_shape(shape) == 0).collect();
         pick(&absent, rng)
     }
 
@@ -224,10 +185,7 @@ mod tests {
 
     #[test]
     fn templates_and_articles() {
-        assert_eq!(
-            fill("is {p} here?", &[("{p}", "a star")]),
-            "is a star here?"
-        );
+        assert_eq!(fill("is {p} here?", &[("{p}", "a star")]), "is a star here?");
         assert_eq!(with_article("orange star"), "an orange star");
         assert_eq!(with_article("red star"), "a red star");
     }

@@ -118,11 +118,7 @@ impl Scene {
                 break;
             }
         }
-        Scene {
-            objects: placed,
-            background: style.background(rng),
-            size: CANVAS,
-        }
+        Scene { objects: placed, background: style.background(rng), size: CANVAS }
     }
 }
 
@@ -133,18 +129,10 @@ fn attributes<R: Rng>(style: Style, count: usize, rng: &mut R) -> Vec<(Shape, Sw
     let mut chosen: Vec<(Shape, Swatch)> = Vec::with_capacity(count);
     for _ in 0..count {
         let previous = pick(&chosen, rng);
-        let free_shapes: Vec<Shape> = style
-            .shapes()
-            .iter()
-            .copied()
-            .filter(|shape| chosen.iter().all(|(other, _)| other != shape))
-            .collect();
-        let free_swatches: Vec<Swatch> = style
-            .swatches()
-            .iter()
-            .copied()
-            .filter(|swatch| chosen.iter().all(|(_, other)| other != swatch))
-            .collect();
+        let free_shapes: Vec<Shape> =
+            style.shapes().iter().copied().filter(|shape| chosen.iter().all(|(other, _)| other != shape)).collect();
+        let free_swatches: Vec<Swatch> =
+            style.swatches().iter().copied().filter(|swatch| chosen.iter().all(|(_, other)| other != swatch)).collect();
         let repeat_shape = share_shape && rng.random_bool(0.65);
         let repeat_colour = share_colour && rng.random_bool(0.65);
         let shape = match previous {
@@ -213,11 +201,7 @@ fn variant<R: Rng>(style: Style, shape: Shape, rng: &mut R) -> Variant {
         _ => return Variant::Plain,
     };
     let aspect = rng.random_range(low..=high);
-    if rng.random_bool(0.5) {
-        Variant::Wide(aspect)
-    } else {
-        Variant::Tall(aspect)
-    }
+    if rng.random_bool(0.5) { Variant::Wide(aspect) } else { Variant::Tall(aspect) }
 }
 
 #[cfg(test)]

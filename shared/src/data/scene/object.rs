@@ -283,8 +283,7 @@ mod tests {
         for (index, first) in PRETRAINING_PALETTE.iter().enumerate() {
             for second in &PRETRAINING_PALETTE[index + 1..] {
                 let apart = (0..3).any(|channel| {
-                    first.high[channel] < second.low[channel]
-                        || second.high[channel] < first.low[channel]
+                    first.high[channel] < second.low[channel] || second.high[channel] < first.low[channel]
                 });
                 assert!(apart, "{:?} meets {:?}", first.colour, second.colour);
             }

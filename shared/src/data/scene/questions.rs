@@ -133,12 +133,7 @@ pub struct Qa {
 impl Qa {
     /// A question without an early word.
     pub(super) fn new(kind: QuestionKind, question: String, answer: impl Into<String>) -> Qa {
-        Qa {
-            kind,
-            question,
-            answer: answer.into(),
-            early_word: None,
-        }
+        Qa { kind, question, answer: answer.into(), early_word: None }
     }
 }
 
@@ -146,9 +141,7 @@ impl Qa {
 /// drawn by weight among those that apply; yes and no are equally likely.
 /// Fewer come back only if the scene allows no more.
 pub fn questions<R: Rng>(scene: &Scene, rng: &mut R, count: usize) -> Vec<Qa> {
-    draw(PRETRAINING_MIX, count, rng, |kind, truth, rng: &mut R| {
-        build(scene, kind, truth, rng)
-    })
+    draw(PRETRAINING_MIX, count, rng, |kind, truth, rng: &mut R| build(scene, kind, truth, rng))
 }
 
 /// Draws kinds by weight and collects what `build(kind, truth, rng)` makes of
@@ -219,12 +212,7 @@ fn build<R: Rng>(scene: &Scene, kind: QuestionKind, truth: bool, rng: &mut R) ->
             let noun = format!("{} {}", colour.word(), shape.word());
             let (form, early) = pick(wording::EXIST_SHAPE, rng)?;
             let question = fill(form, &[("{p}", with_article(&noun).as_str())]);
-            Some(truth_of(
-                kind,
-                question,
-                truth,
-                early.then_some(shape.word()),
-            ))
+            Some(truth_of(kind, question, truth, early.then_some(shape.word())))
         }
         QuestionKind::Negation => negation(scene, truth, rng),
         QuestionKind::Count => count(scene, rng),
@@ -251,10 +239,7 @@ fn build<R: Rng>(scene: &Scene, kind: QuestionKind, truth: bool, rng: &mut R) ->
 
 /// A yes/no question.
 fn truth_of(kind: QuestionKind, question: String, truth: bool, early: Option<&str>) -> Qa {
-    Qa {
-        early_word: early.map(str::to_owned),
-        ..Qa::new(kind, question, yes_no(truth))
-    }
+    Qa { early_word: early.map(str::to_owned), ..Qa::new(kind, question, yes_no(truth)) }
 }
 
 fn negation<R: Rng>(scene: &Scene, truth: bool, rng: &mut R) -> Option<Qa> {
@@ -275,13 +260,7 @@ fn negation<R: Rng>(scene: &Scene, truth: bool, rng: &mut R) -> Option<Qa> {
         }
     };
     let (form, early) = pick(wording::NEGATION, rng)?;
-    let question = fill(
-        form,
-        &[
-            ("{p}", with_article(&noun).as_str()),
-            ("{n}", noun.as_str()),
-        ],
-    );
+    let question = fill(form, &[("{p}", with_article(&noun).as_str()), ("{n}", noun.as_str())]);
     let early = early.then_some(word);
     Some(truth_of(QuestionKind::Negation, question, truth, early))
 }
@@ -290,25 +269,16 @@ fn count<R: Rng>(scene: &Scene, rng: &mut R) -> Option<Qa> {
     // A quarter of the attributes asked for is absent.
     let seen = rng.random_bool(0.75);
     let (question, number) = match rng.random_range(0..3) {
-        0 => (
-            pick(wording::COUNT_ALL, rng)?.to_owned(),
-            scene.objects.len(),
-        ),
+        0 => (pick(wording::COUNT_ALL, rng)?.to_owned(), scene.objects.len()),
         1 => {
             let colour = scene.some_colour(seen, &Colour::ALL, rng)?;
             let form = pick(wording::COUNT_COLOUR, rng)?;
-            (
-                fill(form, &[("{c}", colour.word())]),
-                scene.count_colour(colour),
-            )
+            (fill(form, &[("{c}", colour.word())]), scene.count_colour(colour))
         }
         _ => {
             let shape = scene.some_shape(seen, &Shape::ALL, rng)?;
             let form = pick(wording::COUNT_SHAPE, rng)?;
-            (
-                fill(form, &[("{s}", shape.word())]),
-                scene.count_shape(shape),
-            )
+            (fill(form, &[("{s}", shape.word())]), scene.count_shape(shape))
         }
     };
     let answer = *NUMBERS.get(number)?;
@@ -357,14 +327,7 @@ fn relation<R: Rng>(scene: &Scene, truth: bool, rng: &mut R) -> Option<Qa> {
     let relation = rng.random_range(0..4usize);
     let lead_of_a = lead(&a, &b, relation);
     let names = |form: &str, relation: &str| {
-        fill(
-            form,
-            &[
-                ("{a}", a_name.as_str()),
-                ("{b}", b_name.as_str()),
-                ("{r}", relation),
-            ],
-        )
+        fill(form, &[("{a}", a_name.as_str()), ("{b}", b_name.as_str()), ("{r}", relation)])
     };
     match rng.random_range(0..20) {
         0..8 if lead_of_a >= RELATION_GAP => {
@@ -378,22 +341,14 @@ fn relation<R: Rng>(scene: &Scene, truth: bool, rng: &mut R) -> Option<Qa> {
         }
         8..15 if lead_of_a.abs() >= RELATION_GAP => {
             // The opposite relation is the next or the previous in the list.
-            let holds = if lead_of_a > 0.0 {
-                relation
-            } else {
-                relation ^ 1
-            };
+            let holds = if lead_of_a > 0.0 { relation } else { relation ^ 1 };
             let asked = if truth { holds } else { holds ^ 1 };
             let form = pick(wording::RELATION_TRUTH, rng)?;
             let question = names(form, wording::RELATIONS[asked]);
             Some(truth_of(kind, question, truth, None))
         }
         15.. if lead_of_a >= RELATION_GAP => {
-            let rivals = scene
-                .objects
-                .iter()
-                .filter(|other| lead(other, &b, relation) > 0.0)
-                .count();
+            let rivals = scene.objects.iter().filter(|other| lead(other, &b, relation) > 0.0).count();
             if rivals != 1 {
                 return None;
             }
@@ -415,20 +370,12 @@ fn size<R: Rng>(scene: &Scene, truth: bool, rng: &mut R) -> Option<Qa> {
     let fill_in = |form: &str| fill(form, &[("{a}", a_name.as_str()), ("{b}", b_name.as_str())]);
     if a.shape != b.shape && rng.random_bool(0.5) {
         let ask_bigger = rng.random_bool(0.5);
-        let forms = if ask_bigger {
-            wording::BIGGER_CHOICE
-        } else {
-            wording::SMALLER_CHOICE
-        };
+        let forms = if ask_bigger { wording::BIGGER_CHOICE } else { wording::SMALLER_CHOICE };
         let winner = if a_bigger == ask_bigger { a } else { b };
         let question = fill_in(pick(forms, rng)?);
         return Some(Qa::new(kind, question, winner.shape.word()));
     }
-    let forms = if a_bigger == truth {
-        wording::BIGGER_TRUTH
-    } else {
-        wording::SMALLER_TRUTH
-    };
+    let forms = if a_bigger == truth { wording::BIGGER_TRUTH } else { wording::SMALLER_TRUTH };
     Some(truth_of(kind, fill_in(pick(forms, rng)?), truth, None))
 }
 
@@ -436,10 +383,8 @@ fn size<R: Rng>(scene: &Scene, truth: bool, rng: &mut R) -> Option<Qa> {
 fn caption(scene: &Scene) -> Option<String> {
     let mut objects: Vec<&Object> = scene.objects.iter().collect();
     objects.sort_by(|a, b| a.cx.total_cmp(&b.cx));
-    let phrases: Vec<String> = objects
-        .iter()
-        .map(|o| with_article(&format!("{} {}", o.colour.word(), o.shape.word())))
-        .collect();
+    let phrases: Vec<String> =
+        objects.iter().map(|o| with_article(&format!("{} {}", o.colour.word(), o.shape.word()))).collect();
     (!phrases.is_empty()).then(|| phrases.join(" and "))
 }
 

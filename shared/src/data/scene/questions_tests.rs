@@ -22,15 +22,7 @@ fn corpus(scenes: usize, per_scene: usize) -> Vec<(Scene, Vec<Qa>)> {
 }
 
 fn object(shape: Shape, colour: Colour, cx: f32, cy: f32, radius: f32) -> Object {
-    Object {
-        shape,
-        colour,
-        rgb: [0; 3],
-        cx,
-        cy,
-        radius,
-        variant: Variant::Plain,
-    }
+    Object { shape, colour, rgb: [0; 3], cx, cy, radius, variant: Variant::Plain }
 }
 
 /// A small red star at the upper left and a large blue ring at the lower right.
@@ -73,16 +65,8 @@ fn no_question_of_the_evaluation_set_occurs() {
     for (_, asked) in corpus(300, 12) {
         for qa in asked {
             let body = qa.question.trim_end_matches('?');
-            let masked: Vec<&str> = body
-                .split(' ')
-                .map(|w| {
-                    if shapes.contains(w) || colours.contains(w) {
-                        "X"
-                    } else {
-                        w
-                    }
-                })
-                .collect();
+            let masked: Vec<&str> =
+                body.split(' ').map(|w| if shapes.contains(w) || colours.contains(w) { "X" } else { w }).collect();
             let masked = format!("{}?", masked.join(" "));
             assert!(!barred.contains(&masked.as_str()), "{masked}");
         }
@@ -96,11 +80,7 @@ fn every_scene_gets_its_number_of_different_questions() {
         let different: HashSet<&str> = asked.iter().map(|qa| qa.question.as_str()).collect();
         assert_eq!(different.len(), asked.len());
     }
-    let empty = Scene {
-        objects: Vec::new(),
-        background: [255; 3],
-        size: 64,
-    };
+    let empty = Scene { objects: Vec::new(), background: [255; 3], size: 64 };
     let mut rng = ChaCha8Rng::seed_from_u64(2);
     let asked = questions(&empty, &mut rng, 3);
     assert!(asked.len() <= 3);

@@ -28,13 +28,8 @@ pub struct PatchLabel {
 impl Scene {
     /// Draws the scene with Gaussian pixel noise (sigma about 2 of 255).
     pub fn render<R: Rng>(&self, rng: &mut R) -> Picture {
-        let mut values: Vec<f32> = self
-            .background
-            .iter()
-            .map(|&channel| f32::from(channel))
-            .cycle()
-            .take(self.size * self.size * 3)
-            .collect();
+        let mut values: Vec<f32> =
+            self.background.iter().map(|&channel| f32::from(channel)).cycle().take(self.size * self.size * 3).collect();
         for object in &self.objects {
             let rgb = object.rgb.map(f32::from);
             visit_pixels(object, self.size, |pixel, coverage| {
@@ -48,10 +43,7 @@ impl Scene {
         Picture {
             width: self.size,
             height: self.size,
-            rgb: values
-                .iter()
-                .map(|value| value.round().clamp(0.0, 255.0) as u8)
-                .collect(),
+            rgb: values.iter().map(|value| value.round().clamp(0.0, 255.0) as u8).collect(),
         }
     }
 
@@ -173,11 +165,7 @@ impl Outline {
                 (0..10u8)
                     .map(|corner| {
                         let angle = f32::from(corner) * PI / 5.0;
-                        let length = if corner.is_multiple_of(2) {
-                            radius
-                        } else {
-                            0.42 * radius
-                        };
+                        let length = if corner.is_multiple_of(2) { radius } else { 0.42 * radius };
                         [length * angle.sin(), -length * angle.cos()]
                     })
                     .collect(),
@@ -246,20 +234,8 @@ mod tests {
             Shape::Rectangle => Variant::Wide(2.0),
             _ => Variant::Plain,
         };
-        let object = Object {
-            shape,
-            colour: Colour::Red,
-            rgb: [250, 0, 0],
-            cx: 32.0,
-            cy: 32.0,
-            radius: 12.0,
-            variant,
-        };
-        Scene {
-            objects: vec![object],
-            background: [240; 3],
-            size: 64,
-        }
+        let object = Object { shape, colour: Colour::Red, rgb: [250, 0, 0], cx: 32.0, cy: 32.0, radius: 12.0, variant };
+        Scene { objects: vec![object], background: [240; 3], size: 64 }
     }
 
     fn area(shape: Shape) -> usize {
@@ -326,9 +302,11 @@ mod tests {
             let scene = Scene::random(&mut rng, Style::Pretraining, 1..=4);
             let labels = scene.patch_labels(8);
             for object in &scene.objects {
-                assert!(labels.iter().any(|label| {
-                    label.shape == Some(object.shape) && label.colour == Some(object.colour)
-                }));
+                assert!(
+                    labels
+                        .iter()
+                        .any(|label| { label.shape == Some(object.shape) && label.colour == Some(object.colour) })
+                );
             }
         }
     }

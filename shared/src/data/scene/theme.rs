@@ -93,17 +93,11 @@ const GARDEN: Dialect = Dialect {
     lack_colour: &["does the view lack {c}?", "would a visitor miss {c}?"],
     lack_shape: &["does the view lack {p}?", "would a visitor miss {p}?"],
     count_all: &["what number of blooms grow here?"],
-    count_colour: &[
-        "how many figures wear {c}?",
-        "what number of blooms are {c}?",
-    ],
+    count_colour: &["how many figures wear {c}?", "what number of blooms are {c}?"],
     side: &["toward which flank grows the {s}?"],
     height: &["does the {s} grow high or low?"],
     every_colour: &["is everything {c}?", "does all bloom in {c}?"],
-    shared_colour: &[
-        "do both figures share a tint?",
-        "have these two the same hue?",
-    ],
+    shared_colour: &["do both figures share a tint?", "have these two the same hue?"],
     emptier_side: &["which side is emptier?"],
     mix: &[
         (QuestionKind::ColourOfShape, 3.5),
@@ -125,17 +119,11 @@ const HARBOUR: Dialect = Dialect {
     lack_shape: &["is the bay free of {p}?", "does the view lack {p}?"],
     count_all: &["what is the tally of vessels?"],
     count_colour: &["how many vessels fly {c}?"],
-    side: &[
-        "the {s} rests on what flank?",
-        "toward which flank sails the {s}?",
-    ],
+    side: &["the {s} rests on what flank?", "toward which flank sails the {s}?"],
     height: &["does the {s} sail high or low?"],
     every_colour: &["is everything {c}?"],
     shared_colour: &["do both vessels share a hue?"],
-    emptier_side: &[
-        "which side is emptier?",
-        "which half of the bay is emptier?",
-    ],
+    emptier_side: &["which side is emptier?", "which half of the bay is emptier?"],
     mix: &[
         (QuestionKind::ColourOfShape, 2.0),
         (QuestionKind::ShapeOfColour, 2.5),
@@ -199,30 +187,15 @@ impl DemoTheme {
     /// The shapes that occur.
     pub(super) fn shapes(self) -> &'static [Shape] {
         match self {
-            DemoTheme::Workshop => &[
-                Shape::Square,
-                Shape::Rectangle,
-                Shape::Cross,
-                Shape::Ring,
-                Shape::Triangle,
-                Shape::Diamond,
-            ],
-            DemoTheme::Garden => &[
-                Shape::Circle,
-                Shape::Star,
-                Shape::Ring,
-                Shape::Diamond,
-                Shape::Cross,
-                Shape::Triangle,
-            ],
-            DemoTheme::Harbour => &[
-                Shape::Triangle,
-                Shape::Rectangle,
-                Shape::Circle,
-                Shape::Star,
-                Shape::Cross,
-                Shape::Square,
-            ],
+            DemoTheme::Workshop => {
+                &[Shape::Square, Shape::Rectangle, Shape::Cross, Shape::Ring, Shape::Triangle, Shape::Diamond]
+            }
+            DemoTheme::Garden => {
+                &[Shape::Circle, Shape::Star, Shape::Ring, Shape::Diamond, Shape::Cross, Shape::Triangle]
+            }
+            DemoTheme::Harbour => {
+                &[Shape::Triangle, Shape::Rectangle, Shape::Circle, Shape::Star, Shape::Cross, Shape::Square]
+            }
         }
     }
 
@@ -303,8 +276,7 @@ mod tests {
                 for second in &palette[index + 1..] {
                     assert_ne!(first.colour, second.colour);
                     let apart = (0..3).any(|channel| {
-                        first.high[channel] < second.low[channel]
-                            || second.high[channel] < first.low[channel]
+                        first.high[channel] < second.low[channel] || second.high[channel] < first.low[channel]
                     });
                     assert!(apart, "{:?} meets {:?}", first.colour, second.colour);
                 }
@@ -318,8 +290,7 @@ mod tests {
             let renamed = theme.swatches().iter().filter(|swatch| {
                 let known = PRETRAINING_PALETTE[swatch.colour.index()];
                 (0..3).any(|channel| {
-                    swatch.high[channel] < known.low[channel]
-                        || known.high[channel] < swatch.low[channel]
+                    swatch.high[channel] < known.low[channel] || known.high[channel] < swatch.low[channel]
                 })
             });
             assert!(renamed.count() >= 3, "{theme:?}");

@@ -24,12 +24,8 @@ pub(super) const COLOUR_OF_SHAPE: Forms = &[
     "in which color do you see the {s}?",
 ];
 
-pub(super) const SHAPE_OF_COLOUR: Forms = &[
-    "which shape is {c}?",
-    "name the {c} shape?",
-    "which shape do you see in {c}?",
-    "what kind of shape is {c}?",
-];
+pub(super) const SHAPE_OF_COLOUR: Forms =
+    &["which shape is {c}?", "name the {c} shape?", "which shape do you see in {c}?", "what kind of shape is {c}?"];
 
 pub(super) const EXIST_COLOUR: EarlyForms = &[
     ("do you see something {c}?", true),
@@ -55,23 +51,14 @@ pub(super) const NEGATION: EarlyForms = &[
     ("is it true that no {n} can be seen?", true),
 ];
 
-pub(super) const COUNT_ALL: Forms = &[
-    "how many shapes do you see?",
-    "how many shapes are visible?",
-    "count the shapes?",
-];
+pub(super) const COUNT_ALL: Forms =
+    &["how many shapes do you see?", "how many shapes are visible?", "count the shapes?"];
 
-pub(super) const COUNT_COLOUR: Forms = &[
-    "how many shapes are {c}?",
-    "how many {c} shapes do you see?",
-    "count the {c} shapes?",
-];
+pub(super) const COUNT_COLOUR: Forms =
+    &["how many shapes are {c}?", "how many {c} shapes do you see?", "count the {c} shapes?"];
 
-pub(super) const COUNT_SHAPE: Forms = &[
-    "how many {s} shapes do you see?",
-    "how many {s} shapes are visible?",
-    "count the {s} shapes?",
-];
+pub(super) const COUNT_SHAPE: Forms =
+    &["how many {s} shapes do you see?", "how many {s} shapes are visible?", "count the {s} shapes?"];
 
 pub(super) const POSITION_SIDE: Forms = &[
     "is the {o} on the left or on the right?",
@@ -87,19 +74,11 @@ pub(super) const POSITION_HEIGHT: Forms = &[
     "does the {o} lie at the top or at the bottom?",
 ];
 
-pub(super) const SINGLE_COLOUR: Forms = &[
-    "what color is this?",
-    "which color do you see?",
-    "name the color?",
-    "what color has this shape?",
-];
+pub(super) const SINGLE_COLOUR: Forms =
+    &["what color is this?", "which color do you see?", "name the color?", "what color has this shape?"];
 
-pub(super) const SINGLE_SHAPE: Forms = &[
-    "what shape is this?",
-    "which shape do you see?",
-    "name the shape?",
-    "what kind of shape is this?",
-];
+pub(super) const SINGLE_SHAPE: Forms =
+    &["what shape is this?", "which shape do you see?", "name the shape?", "what kind of shape is this?"];
 
 pub(super) const RELATION_SIDE: Forms = &[
     "is the {a} left or right of the {b}?",
@@ -113,38 +92,24 @@ pub(super) const RELATION_HEIGHT: Forms = &[
     "do you see the {a} above or below the {b}?",
 ];
 
-pub(super) const RELATION_TRUTH: Forms = &[
-    "is the {a} {r} the {b}?",
-    "does the {a} lie {r} the {b}?",
-    "do you see the {a} {r} the {b}?",
-];
+pub(super) const RELATION_TRUTH: Forms =
+    &["is the {a} {r} the {b}?", "does the {a} lie {r} the {b}?", "do you see the {a} {r} the {b}?"];
 
-pub(super) const RELATION_OPEN: Forms = &[
-    "which shape is {r} the {b}?",
-    "what shape lies {r} the {b}?",
-    "name the shape {r} the {b}?",
-];
+pub(super) const RELATION_OPEN: Forms =
+    &["which shape is {r} the {b}?", "what shape lies {r} the {b}?", "name the shape {r} the {b}?"];
 
-pub(super) const BIGGER_CHOICE: Forms = &[
-    "which is bigger the {a} or the {b}?",
-    "which shape is bigger the {a} or the {b}?",
-];
+pub(super) const BIGGER_CHOICE: Forms =
+    &["which is bigger the {a} or the {b}?", "which shape is bigger the {a} or the {b}?"];
 
-pub(super) const SMALLER_CHOICE: Forms = &[
-    "which is smaller the {a} or the {b}?",
-    "which shape is smaller the {a} or the {b}?",
-];
+pub(super) const SMALLER_CHOICE: Forms =
+    &["which is smaller the {a} or the {b}?", "which shape is smaller the {a} or the {b}?"];
 
 pub(super) const BIGGER_TRUTH: Forms = &["is the {a} bigger than the {b}?"];
 
 pub(super) const SMALLER_TRUTH: Forms = &["is the {a} smaller than the {b}?"];
 
-pub(super) const CAPTION: Forms = &[
-    "describe the scene?",
-    "what do you see?",
-    "list the shapes?",
-    "what does the scene show?",
-];
+pub(super) const CAPTION: Forms =
+    &["describe the scene?", "what do you see?", "list the shapes?", "what does the scene show?"];
 
 /// The four relations: left of, right of, above, below.
 pub(super) const RELATIONS: [&str; 4] = ["left of", "right of", "above", "below"];
@@ -178,9 +143,7 @@ pub fn answer_words() -> Vec<&'static str> {
     words.extend(Shape::ALL.map(Shape::word));
     words.extend(Colour::ALL.map(Colour::word));
     words.extend(NUMBERS);
-    words.extend([
-        "yes", "no", "left", "right", "top", "bottom", "above", "below",
-    ]);
+    words.extend(["yes", "no", "left", "right", "top", "bottom", "above", "below"]);
     words.extend(["a", "an", "and"]);
     words.into_iter().collect()
 }
@@ -189,11 +152,8 @@ pub fn answer_words() -> Vec<&'static str> {
 /// unique; "?" is a word of its own.
 pub fn vocabulary() -> Vec<&'static str> {
     let early = [EXIST_COLOUR, EXIST_SHAPE, NEGATION];
-    let templates = PLAIN_FORMS
-        .into_iter()
-        .flatten()
-        .copied()
-        .chain(early.into_iter().flatten().map(|(text, _)| *text));
+    let templates =
+        PLAIN_FORMS.into_iter().flatten().copied().chain(early.into_iter().flatten().map(|(text, _)| *text));
     let mut words = template_words(templates);
     words.extend(answer_words());
     words.insert("?");
@@ -201,9 +161,7 @@ pub fn vocabulary() -> Vec<&'static str> {
 }
 
 /// The literal words of templates, without slots and "?".
-pub(super) fn template_words(
-    templates: impl Iterator<Item = &'static str>,
-) -> BTreeSet<&'static str> {
+pub(super) fn template_words(templates: impl Iterator<Item = &'static str>) -> BTreeSet<&'static str> {
     templates
         .flat_map(str::split_whitespace)
         .map(|word| word.trim_end_matches('?'))
