@@ -1,7 +1,8 @@
 //! The server as one function: `run(listener, settings, shutdown)`. Tests own port and lifetime.
 
-use crate::coordinator::{self, Federation, HeldOut};
+use crate::coordinator::{self, Federation};
 use crate::datasets;
+use crate::held_out::HeldOut;
 use crate::http::{self, EdgeFile, Site};
 use crate::llm_host::{self, LlmHandle};
 use crate::session::Shared;

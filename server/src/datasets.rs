@@ -1,7 +1,8 @@
 //! Data sets from files: question files, folders, and pictures decoded on all cores.
 
 use anyhow::{Context, Result, bail};
-use fednano_shared::data::dataset::{Dataset, assemble, parse};
+use fednano_shared::data::dataset::{Dataset, assemble};
+use fednano_shared::data::formats::parse;
 use fednano_shared::data::picture::Picture;
 use image::{DynamicImage, ImageDecoder, ImageReader, Limits};
 use std::collections::{BTreeSet, HashMap};

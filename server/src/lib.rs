@@ -7,6 +7,7 @@
 //! | `http` | routes; the only file that knows axum |
 //! | `session` | one connection: handshake, requests, messages |
 //! | `coordinator` | a federation's owner task, and its rounds as a pure state machine |
+//! | `held_out` | evaluation of merged models |
 //! | `llm_host` | the thread that owns the LLM's device; batches across clients |
 //! | `store` | what survives on disk |
 //! | `native` | a participant over a real socket |
@@ -19,6 +20,7 @@ pub mod commands;
 pub mod coordinator;
 pub mod datasets;
 pub mod device;
+pub mod held_out;
 pub mod http;
 pub mod llm_host;
 pub mod native;

@@ -1,6 +1,7 @@
 //! Pictures and questions that a person chose, to samples. Files are opened and decoded by the page; nothing here leaves the tab.
 
 use fednano_shared::data::dataset::{self, DataError, Dataset};
+use fednano_shared::data::formats;
 use fednano_shared::data::picture::Picture;
 use serde_json::json;
 use std::collections::{BTreeMap, HashMap};
@@ -20,7 +21,7 @@ impl Pictures {
 
     /// Samples of a question file about these pictures.
     pub fn with_questions(&self, file_name: &str, text: &str) -> Result<Dataset, DataError> {
-        dataset::assemble(dataset::parse(file_name, text)?, |name| self.find(name))
+        dataset::assemble(formats::parse(file_name, text)?, |name| self.find(name))
     }
 
     /// By the full name, else by the name without folders.
