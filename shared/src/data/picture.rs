@@ -94,7 +94,7 @@ impl Preprocess {
             shortest_edge: edge(raw.size, "size")?,
             crop: edge(raw.crop_size, "crop_size")?,
             mean: raw.image_mean.unwrap_or([0.481_454_66, 0.457_827_5, 0.408_210_73]),
-            std: raw.image_std.unwrap_or([0.268_629_54, 0.261_302_58, 0.275_777_11]),
+            std: raw.image_std.unwrap_or([0.268_629_55, 0.261_302_6, 0.275_777_1]),
         };
         if this.crop > this.shortest_edge {
             return Err(PictureError::Config("'crop_size' is larger than 'size'".into()));

@@ -1,9 +1,10 @@
 //! NanoAdapters: the only trainable part. `h = x + up(gelu(down(x)))` without bias (Houlsby et al. 2019, arXiv 1902.00751,
 //! as placed by FedNano, arXiv 2506.14824); `up` starts at 0, so a fresh adapter leaves the model unchanged.
 
+use super::gelu;
 use crate::plain::{AdapterState, TensorBlob};
 use burn::module::{Module, Param};
-use burn::tensor::{Device, Tensor, TensorData, activation};
+use burn::tensor::{Device, Tensor, TensorData};
 use rand::Rng;
 
 /// One low-rank residual adapter.
@@ -31,7 +32,7 @@ impl NanoAdapter {
     /// # Shapes
     /// - x: `[B, S, D]`, output: `[B, S, D]`, the residual's branch only
     fn branch(&self, x: Tensor<3>) -> Tensor<3> {
-        let z = activation::gelu(x.matmul(self.down.val().transpose().unsqueeze())); // [B,S,R]
+        let z = gelu(x.matmul(self.down.val().transpose().unsqueeze())); // [B,S,R]
         z.matmul(self.up.val().transpose().unsqueeze()) // [B,S,D]
     }
 }
@@ -102,7 +103,7 @@ impl NanoAdapters {
             let (down, up) = (adapter.down.val().inner_plain(), adapter.up.val().inner_plain());
             let g = g.clone() * mask;
             let a = x.clone().matmul(down.transpose().unsqueeze()); // [B,S,R]
-            let d_up = g.clone().swap_dims(1, 2).matmul(activation::gelu(a.clone())); // [B,D,R]
+            let d_up = g.clone().swap_dims(1, 2).matmul(gelu(a.clone())); // [B,D,R]
             let d_a = g.matmul(up.unsqueeze()) * gelu_derivative(a); // [B,S,R]
             let d_down = d_a.swap_dims(1, 2).matmul(x.clone()); // [B,R,D]
             (d_down, d_up)

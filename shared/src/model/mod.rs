@@ -17,10 +17,16 @@ use burn::tensor::{Tensor, activation};
 pub fn activate<const N: usize>(kind: Activation, x: Tensor<N>) -> Tensor<N> {
     match kind {
         Activation::QuickGelu => x.clone() * activation::sigmoid(x * 1.702),
-        Activation::Gelu => activation::gelu(x),
+        Activation::Gelu => gelu(x),
         Activation::GeluTanh => activation::gelu_approximate(x),
         Activation::Silu => activation::silu(x),
     }
+}
+
+/// Exact GELU, `x * Phi(x)`, from `erf`. burn's own has, on wgpu, the derivative of the tanh approximation, which is off by 2e-4
+/// and NaN for large inputs (seen on SwiftShader with burn 0.22.1); the derivative of `erf` is exact everywhere.
+pub fn gelu<const N: usize>(x: Tensor<N>) -> Tensor<N> {
+    x.clone() * ((x * std::f64::consts::FRAC_1_SQRT_2).erf() * 0.5 + 0.5)
 }
 
 /// Scaled dot-product attention; `bias` is added to the scores (0 or a large negative number).
