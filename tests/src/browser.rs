@@ -169,7 +169,7 @@ pub fn page_errors() -> anyhow::Result<()> {
         for (query, words) in [
             ("?federation=elsewhere", ["elsewhere", "invite link"]),
             // No WebGPU is an error only where somebody insists on it.
-            ("?federation=test&device=webgpu", ["WebGPU", "cpu"]),
+            ("?federation=test&device=webgpu", ["WebGPU", "remove device=webgpu"]),
         ] {
             browser.client.goto(&format!("{}/{query}", server.base)).await?;
             let said = browser.wait("an error", banner).await?.to_string();

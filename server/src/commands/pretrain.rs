@@ -26,8 +26,11 @@ pub struct Args {
     #[arg(long, default_value_t = 150)]
     align_steps: u64,
     /// Joint steps.
-    #[arg(long, default_value_t = 4000)]
+    #[arg(long, default_value_t = 4500)]
     joint_steps: u64,
+    /// Joint steps with the emphasis on what is learned last.
+    #[arg(long, default_value_t = 2000)]
+    hard_steps: u64,
     /// Pictures a joint step.
     #[arg(long, default_value_t = 12)]
     pictures: usize,
@@ -56,6 +59,8 @@ pub fn main(args: &Args) -> anyhow::Result<()> {
         eyes_rate: 1.5e-3,
         align_rate: 3e-3,
         joint_rate: 1e-3,
+        hard_steps: args.hard_steps,
+        hard_rate: if args.hard_steps > 0 { 7e-4 } else { 0.0 },
         text_layers: args.layers,
     };
     let seconds = run(schedule.clone(), &args.out, &device, args.restart)?;

@@ -343,6 +343,9 @@ impl Coordinator {
             },
         );
         tracing::info!(federation = self.name, participant = id.0, again = known.is_some(), "joined");
+        if known.is_none() {
+            self.save(); // so that it is known again after a restart of the server
+        }
         Ok(Joined { id, token, settings: self.settings.clone(), status: self.status(), outbox, connection })
     }
 

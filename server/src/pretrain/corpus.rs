@@ -3,7 +3,7 @@
 
 use fednano_shared::config::ModelConfig;
 use fednano_shared::data::picture::Preprocess;
-use fednano_shared::data::scene::{PatchLabel, Qa, QuestionKind, Scene, Style, questions};
+use fednano_shared::data::scene::{Colour, PatchLabel, Qa, QuestionKind, Scene, Shape, Style, questions};
 use fednano_shared::data::text::TextCodec;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -78,6 +78,32 @@ pub fn scene_with_questions<R: Rng>(rng: &mut R, objects: RangeInclusive<usize>,
     (scene, asked)
 }
 
+/// What a stage asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Emphasis {
+    /// Questions as they come; early answers for yes/no questions only.
+    Even,
+    /// Every second row asks what is learned last first, and every question is answered already at its deciding word.
+    Hard,
+}
+
+/// Kinds that need two look-ups or a look-up by shape: the last to emerge.
+fn is_hard(kind: QuestionKind) -> bool {
+    use QuestionKind::{ColourOfShape, Position, Relation, Size};
+    matches!(kind, ColourOfShape | Position | Relation | Size)
+}
+
+/// The word after which a question can be answered: its last shape or colour, unless only later words tell what is asked.
+fn deciding_word(qa: &Qa) -> Option<&str> {
+    let open =
+        qa.kind == QuestionKind::Position && (qa.question.starts_with("is ") || qa.question.starts_with("does "));
+    if open || qa.kind == QuestionKind::Caption {
+        return None;
+    }
+    let known = |w: &str| Shape::ALL.iter().any(|s| s.word() == w) || Colour::ALL.iter().any(|c| c.word() == w);
+    qa.question.split([' ', '?']).rev().find(|w| known(w))
+}
+
 /// Make a batch of `rows` pictures.
 ///
 /// # Errors
@@ -86,6 +112,7 @@ pub fn batch<R: Rng>(
     rng: &mut R,
     rows: usize,
     objects: RangeInclusive<usize>,
+    emphasis: Emphasis,
     config: &ModelConfig,
     text: &TextCodec,
     preprocess: &Preprocess,
@@ -103,7 +130,11 @@ pub fn batch<R: Rng>(
     };
     let mut asked_so_far = 0;
     for row in 0..rows {
-        let (scene, asked) = scene_with_questions(rng, objects.clone(), 14);
+        let hard_first = emphasis == Emphasis::Hard && row % 2 == 1;
+        let (scene, mut asked) = scene_with_questions(rng, objects.clone(), if hard_first { 28 } else { 14 });
+        if hard_first {
+            asked.sort_by_key(|qa| !is_hard(qa.kind));
+        }
         out.pixels.extend(preprocess.pixels(&scene.render(rng))?);
         out.patches.extend(scene.patch_labels(config.vision.patch_size));
         let mut ids: Vec<u32> = Vec::with_capacity(TEXT_POSITIONS);
@@ -120,7 +151,11 @@ pub fn batch<R: Rng>(
             }
             segment += 1;
             let start = prefix + ids.len();
-            if let Some(word) = &qa.early_word {
+            let early = match emphasis {
+                Emphasis::Even => qa.early_word.as_deref(),
+                Emphasis::Hard => qa.early_word.as_deref().or_else(|| deciding_word(&qa)),
+            };
+            if let Some(word) = early {
                 let word = text.ids(word, false)?;
                 if let Some(at) = question.iter().rposition(|id| word.contains(id)) {
                     out.targets.push(WeightedTarget {

@@ -6,7 +6,7 @@
 //! | `corpus.rs` | scenes and questions, packed behind one picture prefix |
 //! | `trainee.rs` | the model with a training-only head, its start values |
 //! | `objectives.rs` | the losses: answers, dense picture labels, alignment of picture and words |
-//! | `run.rs` | the three stages in order, checkpoints, resume |
+//! | `run.rs` | the stages in order, checkpoints, resume |
 //! | `card.rs` | held-out accuracy of the finished files and the model card |
 
 pub mod card;

@@ -1,8 +1,9 @@
-//! Pretraining from first to last step: the eyes alone (dense labels), then the words' alignment, then everything jointly.
+//! Pretraining from first to last step: the eyes alone (dense labels), then the alignment of words, then everything jointly, last with the
+//! emphasis on what is learned last.
 //!
 //! Batches are functions of (seed, step), so a run that was stopped goes on as if it had not been.
 
-use super::corpus::{self, PackedBatch, Stream};
+use super::corpus::{self, Emphasis, PackedBatch, Stream};
 use super::objectives::{self, AlignmentWords, Marked};
 use super::tokenizer;
 use super::trainee::{Eyes, Speech, weights};
@@ -31,6 +32,9 @@ pub struct Schedule {
     pub align_steps: u64,
     /// Joint steps.
     pub joint_steps: u64,
+    /// Joint steps with the emphasis on what is learned last.
+    #[serde(default)]
+    pub hard_steps: u64,
     /// Pictures a step in the first two stages.
     pub eyes_pictures: usize,
     /// Pictures a step in the joint stage, about 12 questions each.
@@ -41,8 +45,23 @@ pub struct Schedule {
     pub align_rate: f64,
     /// Peak learning rate of the joint stage; the eyes take a fifth.
     pub joint_rate: f64,
+    /// Peak learning rate of the hard stage.
+    #[serde(default)]
+    pub hard_rate: f64,
     /// Decoder layers.
     pub text_layers: usize,
+}
+
+impl Schedule {
+    fn total(&self) -> u64 {
+        self.eyes_steps + self.align_steps + self.joint_steps + self.hard_steps
+    }
+
+    /// Is a run of `other` a beginning of this one? A later stage may be added to a finished run.
+    fn continues(&self, other: &Self) -> bool {
+        let begun = Self { hard_steps: other.hard_steps, hard_rate: other.hard_rate, ..self.clone() };
+        begun == *other && (other.hard_steps == 0 || self == other)
+    }
 }
 
 const PROMPT: &str = "<image>{question}";
@@ -134,12 +153,13 @@ struct Progress {
     seconds: f64,
 }
 
-/// The three stages.
+/// The stages.
 #[derive(Debug, Clone, Copy)]
 enum Stage {
     Eyes,
     Align,
     Joint,
+    Hard,
 }
 
 /// Losses and gradients of a step.
@@ -184,7 +204,7 @@ pub fn run(schedule: Schedule, out: &Path, device: &Device, restart: bool) -> an
     std::fs::create_dir_all(&work)?;
     let mut trainer = Trainer::new(schedule, device)?;
     let (mut step, mut seconds) = trainer.resume(&work)?;
-    let total = trainer.schedule.eyes_steps + trainer.schedule.align_steps + trainer.schedule.joint_steps;
+    let total = trainer.schedule.total();
     let bar = ProgressBar::new(total).with_position(step);
     bar.set_style(ProgressStyle::with_template("{msg}\n{wide_bar} step {pos}/{len}, {elapsed} spent, {eta} left")?);
     bar.reset_eta();
@@ -258,6 +278,7 @@ impl Trainer {
     fn step(&mut self, step: u64) -> anyhow::Result<String> {
         let s = &self.schedule;
         let joint_from = s.eyes_steps + s.align_steps;
+        let hard_from = joint_from + s.joint_steps;
         let mut rng = Stream::Train(step).rng(s.seed);
         let picture_count = if step < joint_from { s.eyes_pictures } else { s.joint_pictures };
         // One object first, for the eyes only: the language model must learn to look things up from the start.
@@ -266,16 +287,26 @@ impl Trainer {
             _ if step >= joint_from && step < joint_from + s.joint_steps * 3 / 10 => 1..=3,
             _ => 1..=4,
         };
-        let mut parts = Vec::with_capacity(PARTS);
-        for _ in 0..PARTS {
-            let pictures = picture_count / PARTS;
-            parts.push(corpus::batch(&mut rng, pictures, objects.clone(), &self.config, &self.text, &self.preprocess)?);
-        }
         let stage = match step {
             _ if step < s.eyes_steps => Stage::Eyes,
             _ if step < joint_from => Stage::Align,
-            _ => Stage::Joint,
+            _ if step < hard_from => Stage::Joint,
+            _ => Stage::Hard,
         };
+        let emphasis = if matches!(stage, Stage::Hard) { Emphasis::Hard } else { Emphasis::Even };
+        let mut parts = Vec::with_capacity(PARTS);
+        for _ in 0..PARTS {
+            let pictures = picture_count / PARTS;
+            parts.push(corpus::batch(
+                &mut rng,
+                pictures,
+                objects.clone(),
+                emphasis,
+                &self.config,
+                &self.text,
+                &self.preprocess,
+            )?);
+        }
         let gradients = self.gradients(stage, &parts)?;
         let line = format!(
             "{stage:?}: answers {:.3}, dense {:.3}, alignment {:.3}",
@@ -286,6 +317,10 @@ impl Trainer {
             Stage::Align => (0.0, s.align_rate),
             Stage::Joint => {
                 let rate = s.joint_rate * warm_cosine(step - joint_from, s.joint_steps);
+                (rate * 0.2, rate)
+            }
+            Stage::Hard => {
+                let rate = s.hard_rate * warm_cosine(step - hard_from, s.hard_steps);
                 (rate * 0.2, rate)
             }
         };
@@ -344,7 +379,8 @@ impl Trainer {
         let mut rng = Stream::HeldOut.rng(self.schedule.seed);
         let mut marks = Vec::new();
         for _ in 0..scenes / 16 {
-            let batch: PackedBatch = corpus::batch(&mut rng, 16, 1..=4, &self.config, &self.text, &self.preprocess)?;
+            let batch: PackedBatch =
+                corpus::batch(&mut rng, 16, 1..=4, Emphasis::Even, &self.config, &self.text, &self.preprocess)?;
             let features = eyes.forward(&batch, self.config.vision.image_size, &device);
             let hidden = speech.forward(&batch, speech.projector.forward(features), 1);
             marks.extend(objectives::mark(objectives::answer_logits(&speech, hidden, &batch, &device), &batch));
@@ -380,7 +416,7 @@ impl Trainer {
         };
         let progress: Progress = serde_json::from_slice(&std::fs::read(from.join("progress.json"))?)?;
         anyhow::ensure!(
-            progress.schedule == self.schedule,
+            self.schedule.continues(&progress.schedule),
             "{} holds a run with other settings; give the same ones, or --restart to begin anew",
             work.display()
         );
@@ -430,7 +466,7 @@ fn part_gradients(
             out.alignment = scalar(&alignment);
             alignment
         }
-        Stage::Joint => {
+        Stage::Joint | Stage::Hard => {
             let dense = objectives::dense(eyes, features.clone(), batch);
             let projected = speech.projector.forward(features);
             let alignment = objectives::alignment(speech, projected.clone(), batch, words);
