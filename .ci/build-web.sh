@@ -98,17 +98,26 @@ trap 'rm -rf "$WORK"; rmdir .tools 2>/dev/null || true' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-say "compiling the browser client to wasm (the first time takes minutes)"
-wasm_cargo build
-"$WASM_BINDGEN" --target web --no-typescript --remove-name-section --remove-producers-section \
-    --out-dir "$WORK/pkg" "$TARGET/wasm32-unknown-unknown/release/fednano_web.wasm"
-optimise "$WORK/pkg/fednano_web_bg.wasm"
-# Served as it is to browsers that take gzip, instead of being compressed for each of them.
-gzip -9 -k "$WORK/pkg/fednano_web_bg.wasm"
-cp -R "$UPLOT" "$WORK/pkg/uplot"
-
-# An input edited during the build belongs to the next one: this stamp is of what was there before.
-printf '%s\n' "$hash" >"$WORK/pkg/.stamp"
+# Another clone may have built the same inputs: wasm-opt takes minutes.
+KEPT="$TOOLS/page"
+if [ "$hash" = "$(cat "$KEPT/.stamp" 2>/dev/null)" ]; then
+    say "taking the page that was built from the same sources before"
+    cp -R "$KEPT" "$WORK/pkg"
+else
+    say "compiling the browser client to wasm (the first time takes minutes)"
+    wasm_cargo build
+    "$WASM_BINDGEN" --target web --no-typescript --remove-name-section --remove-producers-section \
+        --out-dir "$WORK/pkg" "$TARGET/wasm32-unknown-unknown/release/fednano_web.wasm"
+    optimise "$WORK/pkg/fednano_web_bg.wasm"
+    # Served as it is to browsers that take gzip, instead of being compressed for each of them.
+    gzip -9 -k "$WORK/pkg/fednano_web_bg.wasm"
+    cp -R "$UPLOT" "$WORK/pkg/uplot"
+    # An input edited during the build belongs to the next one: this stamp is of what was there before.
+    printf '%s\n' "$hash" >"$WORK/pkg/.stamp"
+    cp -R "$WORK/pkg" "$WORK/kept"
+    rm -rf "$KEPT"
+    mv "$WORK/kept" "$KEPT"
+fi
 [ ! -e www/pkg ] || mv www/pkg "$WORK/old"
 mv "$WORK/pkg" www/pkg
 say "www/pkg is ready"
