@@ -144,8 +144,6 @@ pub fn two_tabs() -> anyhow::Result<()> {
         "2",
         "--rounds",
         "2",
-        "--pictures",
-        "12",
         "--device",
         "cpu",
         "--timeout",

@@ -63,7 +63,9 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
     let defaults = FederationSettings {
         min_participants: expected,
         rounds: if tabs > 0 { 3 } else { 5 },
-        local_epochs: 2,
+        local_epochs: 3,
+        // Few samples and few steps: a higher rate than a long federation would take.
+        learning_rate: 1e-2,
         ..Default::default()
     };
     let settings = args.settings.settings(defaults)?;
