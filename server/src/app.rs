@@ -31,8 +31,8 @@ use tokio_util::task::TaskTracker;
 /// Where the held-out samples come from.
 #[derive(Debug, Clone)]
 pub enum HeldOutSource {
-    /// Generated demo scenes of all themes that no participant is given.
-    Demo,
+    /// Generated demo scenes of all themes that no participant is given, from a seed.
+    Demo(u64),
     /// A data set.
     Data(Dataset),
 }
@@ -55,7 +55,7 @@ pub struct ServerSettings {
     pub merge_requests: bool,
 }
 
-/// Seed of demo scenes kept for evaluation; shards of participants use others.
+/// First seed of demo scenes kept for evaluation; shards of participants use smaller ones.
 pub const HELD_OUT_SEED: u64 = 1 << 40;
 /// Sessions are given this long to say goodbye.
 const GOODBYE: Duration = Duration::from_secs(5);
@@ -83,7 +83,7 @@ impl App {
         let model = edge_files["edge.safetensors"].sha256().to_owned();
         let data = match settings.held_out {
             HeldOutSource::Data(data) => data,
-            HeldOutSource::Demo => demo_held_out(),
+            HeldOutSource::Demo(seed) => demo_held_out(seed),
         };
         let cache = edge.encode(&data, |_, _| {}).await.context("the held-out set cannot be used")?;
         let mut rows: Vec<usize> = (0..cache.samples.len()).collect();
@@ -163,11 +163,11 @@ fn check_name(name: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Scenes of every theme, from a seed that no shard uses.
-pub fn demo_held_out() -> Dataset {
+/// Scenes of every theme, from seeds that no shard uses.
+pub fn demo_held_out(seed: u64) -> Dataset {
     let mut all = Dataset::default();
     for theme in DemoTheme::ALL {
-        let data = shard(theme, HELD_OUT_SEED, 40, 5);
+        let data = shard(theme, HELD_OUT_SEED + seed, 40, 5);
         let offset = all.pictures.len();
         all.pictures.extend(data.pictures);
         all.samples.extend(data.samples.into_iter().map(|mut s| {
@@ -196,6 +196,6 @@ fn edge_files(dir: &Path, files: &ModelFiles) -> anyhow::Result<BTreeMap<String,
 pub fn held_out_from(path: Option<&Path>) -> anyhow::Result<HeldOutSource> {
     Ok(match path {
         Some(path) => HeldOutSource::Data(datasets::open(path)?),
-        None => HeldOutSource::Demo,
+        None => HeldOutSource::Demo(0),
     })
 }

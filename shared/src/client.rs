@@ -362,7 +362,7 @@ async fn run_round<T: Transport, O: Observer>(
         let report = step::train_step(
             &mut state.adapters,
             &mut state.optimizer,
-            settings.rate(round),
+            settings.rate(round, state.step, steps),
             &batch,
             &mut boundary,
             me.device,

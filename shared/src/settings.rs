@@ -1,6 +1,7 @@
 //! Settings of a federation, sent to every participant at the handshake; validated once, all faults named together.
 
 use serde::{Deserialize, Serialize};
+use std::f64::consts::PI;
 
 /// How updates become the next model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,10 +25,15 @@ pub struct FederationSettings {
     pub local_epochs: u32,
     /// Samples of an optimiser step.
     pub batch_size: usize,
-    /// AdamW's rate in round 1.
+    /// AdamW's peak rate in round 1.
     pub learning_rate: f64,
-    /// The last round's rate as a share of the first's; linear in between.
+    /// The last round's peak rate as a share of the first's; linear in between.
     pub final_rate: f64,
+    /// Share of a round's steps over which the rate rises linearly to its peak: AdamW starts each round without moments, and
+    /// its first steps would be as large as the rate allows.
+    pub warmup: f64,
+    /// Rate at a round's end as a share of its peak; a cosine in between. What participants upload is then less noisy.
+    pub round_end_rate: f64,
     /// Merging.
     pub strategy: Strategy,
     /// Samples of the Fisher pass at the end of a round (0: all).
@@ -51,6 +57,8 @@ impl Default for FederationSettings {
             batch_size: 8,
             learning_rate: 5e-3,
             final_rate: 0.3,
+            warmup: 0.2,
+            round_end_rate: 0.1,
             strategy: Strategy::Fisher,
             fisher_samples: 200,
             seed: 1,
@@ -81,15 +89,25 @@ impl FederationSettings {
         need(rate > 0.0 && rate <= 1.0, format!("learning_rate is {rate}, it must be above 0 and at most 1"));
         let last = self.final_rate;
         need(last > 0.0 && last <= 1.0, format!("final_rate is {last}, it must be above 0 and at most 1"));
+        let (warmup, end) = (self.warmup, self.round_end_rate);
+        need((0.0..=1.0).contains(&warmup), format!("warmup is {warmup}, it must be 0 to 1"));
+        need((0.0..=1.0).contains(&end), format!("round_end_rate is {end}, it must be 0 to 1"));
         need(self.min_participants >= 1, "min_participants is 0, it must be at least 1".into());
         need(self.round_deadline_s >= 1, "round_deadline_s is 0, it must be at least 1".into());
         if faults.is_empty() { Ok(()) } else { Err(faults) }
     }
 
-    /// Learning rate of a round (1 to `rounds`).
-    pub fn rate(&self, round: u32) -> f64 {
+    /// Learning rate of a step (0 to `steps` - 1) of a round (1 to `rounds`).
+    pub fn rate(&self, round: u32, step: usize, steps: usize) -> f64 {
         let part = f64::from(round.saturating_sub(1)) / f64::from(self.rounds.saturating_sub(1).max(1));
-        self.learning_rate * (1.0 - (1.0 - self.final_rate) * part.min(1.0))
+        let peak = self.learning_rate * (1.0 - (1.0 - self.final_rate) * part.min(1.0));
+        let (step, steps) = (step as f64, steps as f64);
+        let warm = (self.warmup * steps).round();
+        if step < warm {
+            return peak * (step + 1.0) / (warm + 1.0);
+        }
+        let part = (step - warm) / (steps - warm).max(1.0);
+        peak * (self.round_end_rate + (1.0 - self.round_end_rate) * 0.5 * (1.0 + (PI * part).cos()))
     }
 }
 
@@ -106,8 +124,20 @@ mod tests {
     }
 
     #[test]
-    fn the_rate_falls_linearly() {
-        let s = FederationSettings { rounds: 3, learning_rate: 1.0, final_rate: 0.5, ..Default::default() };
-        assert_eq!([s.rate(1), s.rate(2), s.rate(3)], [1.0, 0.75, 0.5]);
+    fn the_rate_falls_linearly_over_rounds() {
+        let s =
+            FederationSettings { rounds: 3, learning_rate: 1.0, final_rate: 0.5, warmup: 0.0, ..Default::default() };
+        assert_eq!([s.rate(1, 0, 10), s.rate(2, 0, 10), s.rate(3, 0, 10)], [1.0, 0.75, 0.5]);
+    }
+
+    #[test]
+    fn the_rate_warms_up_and_falls_within_a_round() {
+        let s = FederationSettings { learning_rate: 1.0, warmup: 0.3, round_end_rate: 0.1, ..Default::default() };
+        let rates: Vec<f64> = (0..10).map(|step| s.rate(1, step, 10)).collect();
+        assert_eq!(rates[..4], [0.25, 0.5, 0.75, 1.0]);
+        assert!(rates[3..].is_sorted_by(|a, b| a > b), "{rates:?}");
+        assert!(rates[9] > 0.1 && rates[9] < 0.2, "{rates:?}");
+        let constant = FederationSettings { learning_rate: 1.0, warmup: 0.0, round_end_rate: 1.0, ..s };
+        assert!((0..10).all(|step| (constant.rate(1, step, 10) - 1.0).abs() < 1e-12));
     }
 }

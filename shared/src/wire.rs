@@ -7,7 +7,7 @@ use crate::step::Evaluation;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// Changes with every change of a message.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// Largest frame either side accepts, bytes: activations of a batch of 8 at LLaVA-1.5-7B's shape in f32.
 pub const MAX_FRAME: usize = 96 << 20;
 /// Longest name or federation id, bytes.

@@ -196,7 +196,7 @@ pub fn count_check() -> anyhow::Result<()> {
 pub fn over_the_wire() -> anyhow::Result<()> {
     block(LIMIT, async {
         let folder = tempfile::tempdir()?;
-        anyhow::ensure!(!demo_held_out().samples.is_empty());
+        anyhow::ensure!(!demo_held_out(0).samples.is_empty());
         let server = Server::start(FederationSettings::default(), folder.path()).await?;
         let h = halves(&nano_llava(), &Device::flex())?;
         let local = probe::run(&h.edge, &mut InProcess(&h.llm), &h.device).await?;

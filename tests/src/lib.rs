@@ -164,7 +164,7 @@ impl Server {
             www: repository().join("www"),
             data_dir: data_dir.to_owned(),
             federations: BTreeMap::from([("test".to_owned(), settings)]),
-            held_out: HeldOutSource::Demo,
+            held_out: HeldOutSource::Demo(0),
             evaluation_limit: 90,
             merge_requests: true,
         };

@@ -32,7 +32,7 @@ pub struct Args {
     #[arg(long, value_enum, default_value = "auto")]
     device: DeviceChoice,
     /// Take part with so many headless Chromium tabs instead of a person's (the third is forced onto WebGPU), print one JSON
-    /// line, end.
+    /// line, end. 0: native participants only.
     #[arg(long)]
     headless: Option<usize>,
     /// Native participants.
@@ -44,11 +44,20 @@ pub struct Args {
     /// Questions a picture.
     #[arg(long, default_value_t = 4)]
     questions: usize,
+    /// Seed of the generated shards and of the held-out scenes.
+    #[arg(long, default_value_t = 0)]
+    data_seed: u64,
     /// A headless demo that takes longer has failed, seconds.
     #[arg(long, default_value_t = 1500)]
     timeout: u64,
     #[command(flatten)]
     settings: SettingFlags,
+}
+
+impl Args {
+    fn shard_seed(&self, number: usize) -> u64 {
+        1000 * self.data_seed + 1 + number as u64
+    }
 }
 
 /// Run it.
@@ -57,19 +66,21 @@ pub struct Args {
 /// Anything that keeps it from starting; headless also when accuracy did not rise or a tab missed a round.
 pub async fn main(args: &Args) -> anyhow::Result<()> {
     let tabs = args.headless.unwrap_or(0);
-    let native = args.native.unwrap_or(if tabs == 0 { 2 } else { 0 });
+    let attended = args.headless.is_none();
+    let native = args.native.unwrap_or(if attended { 2 } else { 0 });
     // The person's tab is one more.
-    let expected = native + tabs.max(usize::from(args.headless.is_none()));
+    let expected = native + tabs + usize::from(attended);
+    anyhow::ensure!(expected > 0, "nobody would take part; give --native or --headless a number above 0");
     let defaults = FederationSettings {
         min_participants: expected,
-        rounds: if tabs > 0 { 3 } else { 5 },
+        rounds: if attended { 5 } else { 3 },
         local_epochs: 3,
         // Few samples and few steps: a higher rate than a long federation would take.
         learning_rate: 1e-2,
         ..Default::default()
     };
     let settings = args.settings.settings(defaults)?;
-    let listen = if tabs > 0 { "127.0.0.1:0" } else { &args.listen };
+    let listen = if attended { &args.listen } else { "127.0.0.1:0" };
     let listener = bind(listen).await?;
     let (device, device_name) = args.device.open()?;
     let folder = std::env::temp_dir().join(format!("fednano-demo-{}", std::process::id()));
@@ -78,7 +89,7 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
         www: args.www.clone(),
         data_dir: folder.clone(),
         federations: BTreeMap::from([("demo".to_owned(), settings.clone())]),
-        held_out: HeldOutSource::Demo,
+        held_out: HeldOutSource::Demo(args.data_seed),
         evaluation_limit: 0,
         merge_requests: true,
     };
@@ -93,10 +104,10 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
     let federation = app.federation("demo").context("the federation did not start")?;
     let started = Instant::now();
     for number in 0..native {
-        join_in_background(number, link.clone(), args.pictures, args.questions)?;
+        join_in_background(number, link.clone(), args)?;
     }
     let mut browsers = Browsers::default();
-    if tabs == 0 {
+    if attended {
         println!(
             "the LLM runs on {device_name}; two native participants are in and wait for you\n\n  open {link}\n\nCtrl-C ends the demo"
         );
@@ -142,10 +153,11 @@ fn accuracies(status: &Status) -> String {
 }
 
 /// A native participant over the real socket, on a thread of its own.
-fn join_in_background(number: usize, link: String, pictures: usize, questions: usize) -> anyhow::Result<()> {
+fn join_in_background(number: usize, link: String, args: &Args) -> anyhow::Result<()> {
     let theme = DemoTheme::ALL[number % DemoTheme::ALL.len()];
+    let (seed, pictures, questions) = (args.shard_seed(number), args.pictures, args.questions);
     std::thread::Builder::new().name(format!("native-{number}")).spawn(move || {
-        let data = shard(theme, 1 + number as u64, pictures, questions);
+        let data = shard(theme, seed, pictures, questions);
         let name = format!("native-{}", theme.name());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let result = match runtime {
@@ -219,7 +231,7 @@ impl Browsers {
             if webgpu { ("webgpu", "tab-webgpu".to_owned()) } else { ("cpu", format!("tab-cpu-{}", number + 1)) };
         let url = format!(
             "{link}&auto=1&device={device}&name={name}&shard={theme}&seed={}&pictures={}&questions={}",
-            number + 1,
+            args.shard_seed(number),
             args.pictures,
             args.questions
         );

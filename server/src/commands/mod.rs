@@ -23,12 +23,18 @@ pub struct SettingFlags {
     /// Samples of an optimiser step.
     #[arg(long)]
     batch_size: Option<usize>,
-    /// AdamW's rate in round 1.
+    /// AdamW's peak rate in round 1.
     #[arg(long)]
     learning_rate: Option<f64>,
-    /// The last round's rate as a share of the first's.
+    /// The last round's peak rate as a share of the first's.
     #[arg(long)]
     final_rate: Option<f64>,
+    /// Share of a round's steps over which the rate rises to its peak.
+    #[arg(long)]
+    warmup: Option<f64>,
+    /// Rate at a round's end as a share of its peak (1: constant).
+    #[arg(long)]
+    round_end_rate: Option<f64>,
     /// Merging: fisher or fedavg.
     #[arg(long, value_parser = strategy)]
     strategy: Option<Strategy>,
@@ -71,6 +77,8 @@ impl SettingFlags {
             batch_size: self.batch_size.unwrap_or(d.batch_size),
             learning_rate: self.learning_rate.unwrap_or(d.learning_rate),
             final_rate: self.final_rate.unwrap_or(d.final_rate),
+            warmup: self.warmup.unwrap_or(d.warmup),
+            round_end_rate: self.round_end_rate.unwrap_or(d.round_end_rate),
             strategy: self.strategy.unwrap_or(d.strategy),
             fisher_samples: self.fisher_samples.unwrap_or(d.fisher_samples),
             seed: self.seed.unwrap_or(d.seed),

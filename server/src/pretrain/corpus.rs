@@ -17,8 +17,10 @@ pub const TEXT_POSITIONS: usize = 96;
 pub enum Stream {
     /// A training step.
     Train(u64),
-    /// Held-out scenes.
+    /// Held-out scenes that are looked at during training.
     HeldOut,
+    /// Held-out scenes of the model card, looked at when training has ended.
+    Card,
 }
 
 impl Stream {
@@ -28,6 +30,7 @@ impl Stream {
         rng.set_stream(match self {
             Self::Train(step) => step + 1,
             Self::HeldOut => u64::MAX,
+            Self::Card => u64::MAX - 2,
         });
         rng
     }
@@ -68,7 +71,7 @@ pub struct PackedBatch {
 
 /// Weight of `</s>`: trivially right, it must not drown the answers.
 const END_WEIGHT: f32 = 0.1;
-/// Weight of the yes or no asked for already at the deciding word.
+/// Weight of the answer asked for already at the deciding word.
 const EARLY_WEIGHT: f32 = 0.7;
 
 /// A scene of the pretraining domain with its questions.
@@ -81,16 +84,16 @@ pub fn scene_with_questions<R: Rng>(rng: &mut R, objects: RangeInclusive<usize>,
 /// What a stage asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Emphasis {
-    /// Questions as they come; early answers for yes/no questions only.
+    /// Questions as they come.
     Even,
-    /// Every second row asks what is learned last first, and every question is answered already at its deciding word.
+    /// Every second row asks what is learned last first.
     Hard,
 }
 
-/// Kinds that need two look-ups or a look-up by shape: the last to emerge.
+/// Kinds that need more than one look-up: the last to emerge.
 fn is_hard(kind: QuestionKind) -> bool {
-    use QuestionKind::{ColourOfShape, Position, Relation, Size};
-    matches!(kind, ColourOfShape | Position | Relation | Size)
+    use QuestionKind::{Count, Relation, Size};
+    matches!(kind, Count | Relation | Size)
 }
 
 /// The word after which a question can be answered: its last shape or colour, unless only later words tell what is asked.
@@ -151,11 +154,8 @@ pub fn batch<R: Rng>(
             }
             segment += 1;
             let start = prefix + ids.len();
-            let early = match emphasis {
-                Emphasis::Even => qa.early_word.as_deref(),
-                Emphasis::Hard => qa.early_word.as_deref().or_else(|| deciding_word(&qa)),
-            };
-            if let Some(word) = early {
+            // Answered already at its deciding word, too: without that, look-ups emerge late or never.
+            if let Some(word) = qa.early_word.as_deref().or_else(|| deciding_word(&qa)) {
                 let word = text.ids(word, false)?;
                 if let Some(at) = question.iter().rposition(|id| word.contains(id)) {
                     out.targets.push(WeightedTarget {

@@ -33,7 +33,6 @@ pub struct Schedule {
     /// Joint steps.
     pub joint_steps: u64,
     /// Joint steps with the emphasis on what is learned last.
-    #[serde(default)]
     pub hard_steps: u64,
     /// Pictures a step in the first two stages.
     pub eyes_pictures: usize,
@@ -46,7 +45,6 @@ pub struct Schedule {
     /// Peak learning rate of the joint stage; the eyes take a fifth.
     pub joint_rate: f64,
     /// Peak learning rate of the hard stage.
-    #[serde(default)]
     pub hard_rate: f64,
     /// Decoder layers.
     pub text_layers: usize,
@@ -55,12 +53,6 @@ pub struct Schedule {
 impl Schedule {
     fn total(&self) -> u64 {
         self.eyes_steps + self.align_steps + self.joint_steps + self.hard_steps
-    }
-
-    /// Is a run of `other` a beginning of this one? A later stage may be added to a finished run.
-    fn continues(&self, other: &Self) -> bool {
-        let begun = Self { hard_steps: other.hard_steps, hard_rate: other.hard_rate, ..self.clone() };
-        begun == *other && (other.hard_steps == 0 || self == other)
     }
 }
 
@@ -416,7 +408,7 @@ impl Trainer {
         };
         let progress: Progress = serde_json::from_slice(&std::fs::read(from.join("progress.json"))?)?;
         anyhow::ensure!(
-            self.schedule.continues(&progress.schedule),
+            self.schedule == progress.schedule,
             "{} holds a run with other settings; give the same ones, or --restart to begin anew",
             work.display()
         );

@@ -12,17 +12,19 @@ use rand_chacha::ChaCha8Rng;
 
 use super::corpus::PackedBatch;
 
-/// Classes of the dense labels: shapes and "none", colours and "none", one for an object's centre.
+/// Classes of the dense labels: shapes and "none", colours and "none", then one for an object's centre and one for its radius.
 pub const SHAPE_CLASSES: usize = Shape::ALL.len() + 1;
 /// See [`SHAPE_CLASSES`].
 pub const COLOUR_CLASSES: usize = Colour::ALL.len() + 1;
+/// All outputs of the dense head.
+const DENSE_OUTPUTS: usize = SHAPE_CLASSES + COLOUR_CLASSES + 2;
 
 /// What sees.
 #[derive(Module, Debug)]
 pub struct Eyes {
     /// Vision tower.
     pub vision_tower: VisionTower,
-    /// Dense labels, training only: `[vision D, SHAPE_CLASSES + COLOUR_CLASSES + 1]`
+    /// Dense labels, training only: `[vision D, SHAPE_CLASSES + COLOUR_CLASSES + 2]`
     pub dense: Linear,
 }
 
@@ -42,7 +44,7 @@ impl Eyes {
     pub fn init(config: &ModelConfig, rng: &mut ChaCha8Rng, device: &Device) -> Self {
         let eyes = Self {
             vision_tower: VisionTower::init(config, device),
-            dense: LinearConfig::new(config.vision.hidden, SHAPE_CLASSES + COLOUR_CLASSES + 1).init(device),
+            dense: LinearConfig::new(config.vision.hidden, DENSE_OUTPUTS).init(device),
         };
         eyes.map(&mut StartValues { rng, path: Vec::new() })
     }

@@ -107,12 +107,12 @@ const PRETRAINING_MIX: &Mix = &[
     (QuestionKind::ExistShape, 2.0),
     (QuestionKind::ExistColourShape, 1.5),
     (QuestionKind::Negation, 2.5),
-    (QuestionKind::Count, 1.5),
+    (QuestionKind::Count, 2.0),
     (QuestionKind::Position, 2.5),
     (QuestionKind::SingleColour, 2.0),
     (QuestionKind::SingleShape, 2.0),
     (QuestionKind::Relation, 3.0),
-    (QuestionKind::Size, 0.7),
+    (QuestionKind::Size, 1.5),
     (QuestionKind::Caption, 3.0),
 ];
 

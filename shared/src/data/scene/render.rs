@@ -14,13 +14,15 @@ const NOISE_SIGMA: f32 = 2.0;
 const LABEL_SHARE: f32 = 0.04;
 
 /// What a square patch of the picture shows.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Debug)]
 pub struct PatchLabel {
     /// Shape of the object that covers most of the patch, if it covers more
     /// than 4 % of its pixels.
     pub shape: Option<Shape>,
     /// Colour of that object.
     pub colour: Option<Colour>,
+    /// Its radius in pixels, 0 without an object.
+    pub radius: f32,
     /// Whether the centre of any object lies in the patch.
     pub centre: bool,
 }
@@ -74,6 +76,7 @@ impl Scene {
                 PatchLabel {
                     shape: main.map(|object| object.shape),
                     colour: main.map(|object| object.colour),
+                    radius: main.map_or(0.0, |object| object.radius),
                     centre: self.objects.iter().any(|object| {
                         let column = object.cx as usize / patch;
                         let row = object.cy as usize / patch;
