@@ -408,7 +408,7 @@ mod tests {
     #[test]
     fn golden_bytes() {
         let expected = [
-            b'F', b'N', 1, 0, // frame, version
+            b'F', b'N', 2, 0, // frame, version
             1, 7, 2, // Train, id, round
             3, 1, 2, 1, 8, 0, 0, 0x80, 0x3f, 0, 0, 0, 0xbf, // shape, byte length, values
             1, 2, // lengths
