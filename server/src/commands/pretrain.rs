@@ -26,10 +26,10 @@ pub struct Args {
     #[arg(long, default_value_t = 150)]
     align_steps: u64,
     /// Joint steps.
-    #[arg(long, default_value_t = 4500)]
+    #[arg(long, default_value_t = 4000)]
     joint_steps: u64,
     /// Joint steps with the emphasis on what is learned last.
-    #[arg(long, default_value_t = 2000)]
+    #[arg(long, default_value_t = 2500)]
     hard_steps: u64,
     /// Pictures a joint step.
     #[arg(long, default_value_t = 12)]
