@@ -4,6 +4,7 @@ use anyhow::{Context, Result, bail};
 use fednano_shared::data::dataset::{Dataset, assemble};
 use fednano_shared::data::formats::parse;
 use fednano_shared::data::picture::Picture;
+use image::imageops::FilterType;
 use image::{DynamicImage, ImageDecoder, ImageReader, Limits};
 use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, File};
@@ -19,6 +20,9 @@ const MAX_PIXELS: u64 = 64_000_000;
 /// What a decoder may allocate: the picture with four channels of 16 bits, and as much again for its own buffers.
 const MAX_DECODER_BYTES: u64 = MAX_PIXELS * 16;
 
+/// The shorter edge of a kept picture, pixels: the models look at less, and photos would fill the memory.
+const SHORTEST: u32 = 1024;
+
 /// What a question file is called when its folder holds other files too.
 const QUESTION_FILES: [&str; 4] = ["questions.json", "questions.csv", "data.json", "data.csv"];
 
@@ -31,7 +35,8 @@ pub struct Splits {
     pub test: Dataset,
 }
 
-/// Decode a picture; its format is guessed from its content, alpha is dropped, as Pillow's `convert("RGB")` does.
+/// Decode a picture; its format is guessed from its content. Turned as its EXIF data says, on white where it is
+/// transparent, and at most [`SHORTEST`] pixels on its shorter edge, as on the page.
 ///
 /// # Errors
 /// The cause, without the name of the picture: the caller knows it.
@@ -44,13 +49,33 @@ pub fn read_picture(path: &Path) -> Result<Picture, String> {
     let mut limits = Limits::no_limits();
     limits.max_alloc = Some(MAX_DECODER_BYTES);
     reader.limits(limits);
-    let decoder = reader.into_decoder().map_err(|e| e.to_string())?;
+    let mut decoder = reader.into_decoder().map_err(|e| e.to_string())?;
     let (width, height) = decoder.dimensions();
     if u64::from(width) * u64::from(height) > MAX_PIXELS {
         return Err(format!("{width} x {height} pixels are more than the allowed {MAX_PIXELS}, shrink it"));
     }
-    let rgb = DynamicImage::from_decoder(decoder).map_err(|e| e.to_string())?.into_rgb8();
-    Ok(Picture { width: rgb.width() as usize, height: rgb.height() as usize, rgb: rgb.into_raw() })
+    let orientation = decoder.orientation().map_err(|e| e.to_string())?;
+    let mut image = DynamicImage::from_decoder(decoder).map_err(|e| e.to_string())?;
+    image.apply_orientation(orientation);
+    let short = image.width().min(image.height());
+    if short > SHORTEST {
+        let scaled = |edge: u32| (u64::from(edge) * u64::from(SHORTEST) / u64::from(short)) as u32;
+        image = image.resize_exact(scaled(image.width()), scaled(image.height()), FilterType::CatmullRom);
+    }
+    let (width, height) = (image.width() as usize, image.height() as usize);
+    Ok(Picture { width, height, rgb: on_white(image) })
+}
+
+/// As a browser's page draws it: what is transparent shows white.
+fn on_white(image: DynamicImage) -> Vec<u8> {
+    if !image.color().has_alpha() {
+        return image.into_rgb8().into_raw();
+    }
+    let blend = |value: u8, alpha: u8| {
+        let (value, alpha) = (u32::from(value), u32::from(alpha));
+        ((value * alpha + 255 * (255 - alpha) + 127) / 255) as u8
+    };
+    image.into_rgba8().pixels().flat_map(|p| [0, 1, 2].map(|c| blend(p.0[c], p.0[3]))).collect()
 }
 
 /// Read a data set: a question file, or a folder that holds exactly one. Pictures lie in the folder of the question file or in
@@ -183,13 +208,18 @@ mod tests {
     }
 
     #[test]
-    fn reads_pixels_and_drops_alpha() {
+    fn reads_pixels_on_white() {
         let folder = Folder::new("pixels");
         folder.picture("a.png", 9);
         let expected = Picture { width: 3, height: 2, rgb: [9, 1, 2].repeat(6) };
         assert_eq!(read_picture(&folder.path("a.png")).unwrap(), expected);
-        RgbaImage::from_pixel(3, 2, Rgba([9, 1, 2, 7])).save(folder.path("b.png")).unwrap();
+        RgbaImage::from_pixel(3, 2, Rgba([9, 1, 2, 255])).save(folder.path("b.png")).unwrap();
         assert_eq!(read_picture(&folder.path("b.png")).unwrap(), expected);
+        RgbaImage::from_pixel(3, 2, Rgba([0, 100, 200, 51])).save(folder.path("c.png")).unwrap();
+        assert_eq!(read_picture(&folder.path("c.png")).unwrap().rgb, [204, 224, 244].repeat(6), "a fifth over white");
+        RgbImage::from_pixel(1030, 2060, Rgb([9, 1, 2])).save(folder.path("d.png")).unwrap();
+        let large = read_picture(&folder.path("d.png")).unwrap();
+        assert_eq!((large.width, large.height), (1024, 2048), "photos are kept small");
         fs::rename(folder.path("b.png"), folder.path("b.jpg")).unwrap();
         assert_eq!(read_picture(&folder.path("b.jpg")).unwrap(), expected, "the content decides, not the name");
     }

@@ -157,15 +157,16 @@ fn frames(
         match message {
             Ok(Message::Binary(bytes)) => Some(Ok(bytes.to_vec())),
             Ok(Message::Text(_)) => Some(Err(SocketFault::NotBinary)),
-            Ok(Message::Ping(_) | Message::Pong(_)) => None,
+            Ok(Message::Pong(_)) => Some(Err(SocketFault::Alive)),
+            Ok(Message::Ping(_)) => None,
             Ok(Message::Close(_)) => Some(Err(SocketFault::Closed)),
             Err(e) if e.to_string().contains("too l") => Some(Err(SocketFault::TooLarge)),
             Err(_) => Some(Err(SocketFault::Closed)),
         }
     };
-    Box::pin(
-        socket
-            .filter_map(incoming)
-            .with(|frame: Vec<u8>| async move { Ok::<_, axum::Error>(Message::Binary(frame.into())) }),
-    )
+    Box::pin(socket.filter_map(incoming).with(|frame: Vec<u8>| async move {
+        // An empty frame asks for a sign of life.
+        let message = if frame.is_empty() { Message::Ping(frame.into()) } else { Message::Binary(frame.into()) };
+        Ok::<_, axum::Error>(message)
+    }))
 }

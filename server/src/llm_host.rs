@@ -52,6 +52,11 @@ impl LlmHandle {
         self.ask(|reply| Job::Evaluate(request, reply)).await
     }
 
+    /// The thread has ended: nobody can train until the server is started again.
+    pub fn is_gone(&self) -> bool {
+        self.jobs.is_closed()
+    }
+
     async fn ask<R>(&self, job: impl FnOnce(oneshot::Sender<Result<R, Fault>>) -> Job) -> Result<R, Fault> {
         let (sender, receiver) = oneshot::channel();
         let gone = || server_fault("the LLM's thread has ended");

@@ -10,7 +10,7 @@ use futures_util::{Sink, SinkExt, Stream};
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -20,6 +20,10 @@ const HANDSHAKE: Duration = Duration::from_secs(20);
 const IN_FLIGHT: usize = 4;
 /// A peer that takes nothing for so long is gone.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
+/// After so long without a word from a side, a sign of life is asked for, or given.
+const BEAT: Duration = Duration::from_secs(15);
+/// A peer that has given signs of life and gives none for so long is gone (a closed lid sends no goodbye).
+const SILENCE: Duration = Duration::from_secs(90);
 
 /// What a socket yields instead of a frame.
 #[derive(Debug)]
@@ -30,6 +34,8 @@ pub enum SocketFault {
     NotBinary,
     /// Closed or broken, in the normal course of life.
     Closed,
+    /// Nothing but a sign of life: the answer to an empty frame, which asks for one.
+    Alive,
 }
 
 /// What all sessions share.
@@ -93,7 +99,7 @@ fn message(frame: Option<Result<Vec<u8>, SocketFault>>) -> Result<Option<(Client
         Some(Err(SocketFault::TooLarge)) => Err(wire::WireError::TooLarge(wire::MAX_FRAME + 1).fault()),
         Some(Err(SocketFault::NotBinary)) => Err(wire::WireError::NotAFrame(0).fault()),
         // No close frame, no fault: tabs vanish.
-        Some(Err(SocketFault::Closed)) | None => Ok(None),
+        Some(Err(SocketFault::Closed | SocketFault::Alive)) | None => Ok(None),
     }
 }
 
@@ -118,6 +124,13 @@ where
             remedy: format!("check the invite link; this server has: {}", known.join(", ")),
         });
     };
+    if shared.llm.is_gone() {
+        return Err(Fault {
+            code: FaultCode::Server,
+            cause: "the LLM's thread has ended".into(),
+            remedy: "ask the operator to start the server again; nothing is lost".into(),
+        });
+    }
     let asks = only_asks(&hello);
     let mut session = Session::new(federation.clone());
     session.traffic.control_up += length as u64;
@@ -200,9 +213,18 @@ impl Session {
         S: Stream<Item = Result<Vec<u8>, SocketFault>> + Sink<Vec<u8>> + Unpin,
     {
         let mut reports = tokio::time::interval(Duration::from_secs(1));
+        // Peers that never give a sign of life (channels) are not watched for one.
+        let (mut heard, mut spoke, mut asked, mut answers) = (Instant::now(), Instant::now(), Instant::now(), false);
         loop {
             let outgoing = tokio::select! {
-                frame = socket.next() => match message(frame) {
+                frame = socket.next() => match {
+                    heard = Instant::now();
+                    if matches!(frame, Some(Err(SocketFault::Alive))) {
+                        answers = true;
+                        continue;
+                    }
+                    message(frame)
+                } {
                     Ok(Some((ClientMessage::Leave, _))) => return End::Left,
                     Ok(Some((message, length))) => match self.take(message, length, shared).await {
                         Ok(reply) => reply,
@@ -228,7 +250,17 @@ impl Session {
                 }),
                 _ = reports.tick() => {
                     self.report().await;
-                    None
+                    if answers && heard.elapsed() > SILENCE {
+                        return End::Lost;
+                    }
+                    if asked.elapsed().min(heard.elapsed()) > BEAT {
+                        asked = Instant::now();
+                        if socket.send(Vec::new()).await.is_err() {
+                            return End::Lost;
+                        }
+                    }
+                    // Browsers do not show their program the server's pings: something must be said.
+                    (spoke.elapsed() > BEAT).then(|| ServerMessage::Status(self.federation.status()))
                 }
                 () = shared.shutdown.cancelled() => {
                     let fault = Fault {
@@ -241,10 +273,11 @@ impl Session {
                     return End::Lost;
                 }
             };
-            if let Some(message) = outgoing
-                && self.send(socket, message).await.is_err()
-            {
-                return End::Lost;
+            if let Some(message) = outgoing {
+                spoke = Instant::now();
+                if self.send(socket, message).await.is_err() {
+                    return End::Lost;
+                }
             }
         }
     }

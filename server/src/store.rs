@@ -81,7 +81,7 @@ impl Store {
     /// A full or read-only disk.
     pub fn save(&self, state: &SavedState, adapter: &AdapterState) -> anyhow::Result<()> {
         let round = state.history.last().map_or(0, |r| r.round);
-        self.write(&self.adapter_file(round), &write_adapter(adapter, round)?)?;
+        self.write(&self.adapter_file(round), &write_adapter(adapter, Some(round))?)?;
         self.write(&self.folder.join("state.json"), &serde_json::to_vec_pretty(state)?)
     }
 
@@ -97,14 +97,15 @@ impl Store {
     }
 }
 
-/// Adapters as a safetensors file in f32.
+/// Adapters as a safetensors file in f32, with the round that they come from if it is known.
 ///
 /// # Errors
 /// The library's words.
-pub fn write_adapter(adapter: &AdapterState, round: u32) -> anyhow::Result<Vec<u8>> {
+pub fn write_adapter(adapter: &AdapterState, round: Option<u32>) -> anyhow::Result<Vec<u8>> {
     use fednano_shared::model::checkpoint::{Storage, write};
     let tensors: Vec<_> = adapter.0.iter().map(|(n, b)| (n.clone(), b.clone())).collect();
-    write(&tensors, Storage::F32, &[("round".into(), round.to_string())]).map_err(anyhow::Error::msg)
+    let metadata: Vec<_> = round.map(|r| ("round".to_owned(), r.to_string())).into_iter().collect();
+    write(&tensors, Storage::F32, &metadata).map_err(anyhow::Error::msg)
 }
 
 /// Adapters from a safetensors file.

@@ -262,6 +262,14 @@ async fn take_part<T: Transport, O: Observer>(
     let (participant, settings) = match link.receive().await? {
         ServerMessage::Welcome { participant, token, settings, status } => {
             let resumed = me.hello.resume.as_ref() == Some(&token);
+            settings
+                .validate()
+                .map_err(|faults| protocol(&format!("settings that cannot be used ({})", faults.join("; "))))?;
+            if !resumed {
+                // Somebody new to this server: what was trained belongs to another run of the federation.
+                *local = None;
+            }
+            me.hello.edge_bytes = 0; // reported once
             link.observer.event(ClientEvent::Joined { participant, token: &token, settings: &settings, resumed });
             link.observer.event(ClientEvent::Status(&status));
             me.hello.resume = Some(token);
@@ -271,10 +279,11 @@ async fn take_part<T: Transport, O: Observer>(
         ServerMessage::Closing(fault) => return Err(Interruption::Lost(fault.to_string())),
         other => return Err(protocol(&format!("{} instead of a welcome", name(&other)))),
     };
-    *tries = 0;
     loop {
         match link.next().await? {
             ServerMessage::Round { round, adapter } => {
+                let like = AdapterState::zeros(settings.rank, me.edge.config.text.hidden);
+                adapter.check_like(&like).map_err(|e| protocol(&e.to_string()))?;
                 if local.as_ref().is_none_or(|l| l.round != round) {
                     *local = Some(LocalRound::begin(me, &settings, participant, round, &adapter));
                 }
@@ -285,9 +294,10 @@ async fn take_part<T: Transport, O: Observer>(
                     steps: state.steps(&settings),
                     adapter: &adapter,
                 });
-                run_round(me, &settings, state, link).await?;
+                run_round(me, &settings, state, link, tries).await?;
             }
             ServerMessage::UpdateAccepted { round } => {
+                *tries = 0;
                 if let Some(update) = local.as_ref().and_then(|l| l.upload.as_ref()).filter(|u| u.round == round) {
                     link.observer.event(ClientEvent::Uploaded { round, adapter: &update.adapter });
                 }
@@ -352,6 +362,7 @@ async fn run_round<T: Transport, O: Observer>(
     settings: &FederationSettings,
     state: &mut LocalRound,
     link: &mut Link<'_, T, O>,
+    tries: &mut u32,
 ) -> Result<(), Interruption> {
     let round = state.round;
     let steps = state.steps(settings);
@@ -369,6 +380,7 @@ async fn run_round<T: Transport, O: Observer>(
         )
         .await;
         let Some(report) = settle(report)? else { return Ok(()) };
+        *tries = 0; // not at the welcome: a server whose LLM is gone still welcomes
         state.step += 1;
         state.loss_sum += f64::from(report.loss);
         link.observer.event(ClientEvent::Step {

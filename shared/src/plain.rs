@@ -170,7 +170,7 @@ pub struct BoundaryRequest {
     pub hidden: TensorBlob,
     /// Real length of each row.
     pub lengths: Vec<u32>,
-    /// Answer tokens of all rows, sorted by row.
+    /// Answer tokens of all rows, sorted by row and position.
     pub targets: Vec<Target>,
 }
 
@@ -184,6 +184,11 @@ pub enum RequestError {
     #[error("{0}")]
     Invalid(String),
 }
+
+/// Rows times squared positions of a request: 64 MiB of scores a head in f32.
+const MAX_ATTENTION: usize = 1 << 24;
+/// Targets times vocabulary: 1 GiB of logits in f32.
+const MAX_LOGITS: usize = 1 << 28;
 
 impl BoundaryRequest {
     /// Check everything that the server relies on, against the model's width and vocabulary.
@@ -209,6 +214,13 @@ impl BoundaryRequest {
         if rows.checked_mul(seq).and_then(|n| n.checked_mul(width)).is_none() {
             return invalid(format!("the shape {:?} overflows", self.hidden.shape));
         }
+        // Attention and logits are far larger than what came over the wire: bounded before anything is allocated.
+        if rows * seq * seq > MAX_ATTENTION {
+            return invalid(format!("{rows} rows of {seq} positions are too many at once; use a smaller batch"));
+        }
+        if self.targets.len().saturating_mul(vocab) > MAX_LOGITS {
+            return invalid(format!("{} targets are too many at once; use a smaller batch", self.targets.len()));
+        }
         self.hidden.check("activations", &[rows, seq, dim])?;
         if self.lengths.len() != rows {
             return invalid(format!("{} lengths for {rows} rows", self.lengths.len()));
@@ -227,8 +239,8 @@ impl BoundaryRequest {
                 return invalid(format!("a target names token {}, the vocabulary has {vocab}", t.token));
             }
         }
-        if !self.targets.is_sorted_by_key(|t| t.row) {
-            return invalid("targets are not sorted by row".into());
+        if !self.targets.is_sorted_by(|a, b| (a.row, a.position) < (b.row, b.position)) {
+            return invalid("targets are not sorted by row and position, each position once".into());
         }
         Ok(())
     }

@@ -29,10 +29,9 @@ pub struct FederationSettings {
     pub learning_rate: f64,
     /// The last round's peak rate as a share of the first's; linear in between.
     pub final_rate: f64,
-    /// Share of a round's steps over which the rate rises linearly to its peak: AdamW starts each round without moments, and
-    /// its first steps would be as large as the rate allows.
+    /// Share of a round's steps over which the rate rises linearly to its peak (AdamW starts each round without moments).
     pub warmup: f64,
-    /// Rate at a round's end as a share of its peak; a cosine in between. What participants upload is then less noisy.
+    /// Rate at a round's end as a share of its peak, a cosine in between; 1: constant.
     pub round_end_rate: f64,
     /// Merging.
     pub strategy: Strategy,
@@ -57,8 +56,8 @@ impl Default for FederationSettings {
             batch_size: 8,
             learning_rate: 5e-3,
             final_rate: 0.3,
-            warmup: 0.2,
-            round_end_rate: 0.1,
+            warmup: 0.0,
+            round_end_rate: 1.0,
             strategy: Strategy::Fisher,
             fisher_samples: 200,
             seed: 1,

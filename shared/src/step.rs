@@ -162,7 +162,8 @@ pub async fn adapted(
 /// Held-out quality.
 #[derive(Debug, Clone, Copy, PartialEq, Default, serde::Serialize, serde::Deserialize)]
 pub struct Evaluation {
-    /// Share of samples whose whole answer greedy decoding yields (argmax over the whole vocabulary at each answer token).
+    /// Share of samples for which greedy decoding begins with the whole answer (argmax over the whole vocabulary at each
+    /// answer token; what follows is not looked at).
     pub accuracy: f64,
     /// Mean loss over all targets, nats.
     pub loss: f64,

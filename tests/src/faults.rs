@@ -13,6 +13,7 @@ use fednano_shared::wire::{self, ClientMessage, Fault, FaultCode, Hello, Purpose
 use fednano_tests::{LIMIT, Server, asking, block, hello, nano_llava};
 use futures_util::{SinkExt, StreamExt};
 use tokio_tungstenite::tungstenite::Message;
+use tokio_util::sync::CancellationToken;
 
 async fn server() -> anyhow::Result<(Server, tempfile::TempDir)> {
     let folder = tempfile::tempdir()?;
@@ -144,7 +145,7 @@ pub fn nan_update() -> anyhow::Result<()> {
     block(LIMIT, async {
         let (server, _folder) = server().await?;
         let federation = server.app.federation("test").context("no federation")?;
-        let mut socket = SocketConnector(server.socket.clone()).connect().await?;
+        let mut socket = SocketConnector::new(&server.socket, CancellationToken::new()).connect().await?;
         socket.send(wire::encode(&ClientMessage::Hello(hello("diverged", 3, Purpose::Train)))).await?;
         let mut poisoned = None;
         let fault = loop {
@@ -196,7 +197,7 @@ pub fn unknown_federation() -> anyhow::Result<()> {
             anyhow::ensure!(words.contains(word), "'{word}' is not in: {words}");
         }
         // A client that is refused ends with the server's words.
-        let transport = SocketConnector(server.socket.clone()).connect().await?;
+        let transport = SocketConnector::new(&server.socket, CancellationToken::new()).connect().await?;
         let nowhere = Hello { federation: "nowhere".into(), ..hello("x", 1, Purpose::Ask) };
         match fednano_shared::ask::Asking::open(transport, nowhere).await {
             Err(ClientError::Refused(fault)) => expect(&fault, FaultCode::UnknownFederation, "'nowhere'")?,

@@ -225,7 +225,7 @@ pub fn hello(name: &str, samples: usize, purpose: Purpose) -> Hello {
 /// # Errors
 /// No connection, or a refusal.
 pub async fn asking(socket: &str) -> anyhow::Result<Asking<fednano_server::native::Socket>> {
-    let transport = SocketConnector(socket.to_owned()).connect().await?;
+    let transport = SocketConnector::new(socket, CancellationToken::new()).connect().await?;
     Ok(Asking::open(transport, hello("asker", 0, Purpose::Ask)).await?)
 }
 
@@ -248,7 +248,7 @@ pub async fn take_part<O: Observer>(
         device: &device,
         max_tries: 40,
     };
-    let mut connector = SocketConnector(socket.to_owned());
+    let mut connector = SocketConnector::new(socket, CancellationToken::new());
     Ok(participate(me, &mut connector, &fednano_server::native::TokioClock, observer).await?)
 }
 

@@ -39,7 +39,7 @@ pub struct Args {
     #[arg(long)]
     native: Option<usize>,
     /// Pictures of each participant's shard.
-    #[arg(long, default_value_t = 24)]
+    #[arg(long, default_value_t = 48)]
     pictures: usize,
     /// Questions a picture.
     #[arg(long, default_value_t = 4)]
@@ -74,7 +74,7 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
     let defaults = FederationSettings {
         min_participants: expected,
         rounds: if attended { 5 } else { 3 },
-        local_epochs: 3,
+        local_epochs: 2,
         // Few samples and few steps: a higher rate than a long federation would take.
         learning_rate: 1e-2,
         ..Default::default()
@@ -161,7 +161,9 @@ fn join_in_background(number: usize, link: String, args: &Args) -> anyhow::Resul
         let name = format!("native-{}", theme.name());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let result = match runtime {
-            Ok(runtime) => runtime.block_on(take_part(&link, &name, &data, DeviceChoice::Cpu, 60)).map(drop),
+            Ok(runtime) => runtime
+                .block_on(take_part(&link, &name, &data, DeviceChoice::Cpu, 60, CancellationToken::new()))
+                .map(drop),
             Err(e) => Err(e.into()),
         };
         if let Err(e) = result {

@@ -12,6 +12,7 @@ use fednano_shared::edge::NanoEdge;
 use fednano_shared::probe::shard;
 use fednano_shared::wire::{ClientKind, Hello, Purpose};
 use std::path::PathBuf;
+use tokio_util::sync::CancellationToken;
 
 /// Join a federation from a terminal, with own pictures and questions.
 #[derive(Debug, clap::Args)]
@@ -42,19 +43,23 @@ pub struct Args {
 pub async fn main(args: &Args) -> anyhow::Result<()> {
     let data = open(&args.data)?;
     println!("[{}] {} samples of {} pictures", args.name, data.samples.len(), data.pictures.len());
-    let run = take_part(&args.url, &args.name, &data, args.device, args.max_tries);
-    let outcome = tokio::select! {
-        outcome = run => outcome?,
-        _ = tokio::signal::ctrl_c() => {
-            println!("[{}] left; join again with the same command", args.name);
-            return Ok(());
-        }
-    };
-    if let Outcome::Finished(adapter) = outcome {
-        println!("[{}] the federation is finished", args.name);
-        if let Some(path) = &args.save {
-            std::fs::write(path, write_adapter(&adapter, 0)?)
-                .with_context(|| format!("cannot write {}", path.display()))?;
+    let leave = CancellationToken::new();
+    let (signal, name) = (leave.clone(), args.name.clone());
+    tokio::spawn(async move {
+        drop(tokio::signal::ctrl_c().await);
+        println!("[{name}] leaving; Ctrl-C once more stops at once");
+        signal.cancel();
+        drop(tokio::signal::ctrl_c().await);
+        std::process::exit(130);
+    });
+    match take_part(&args.url, &args.name, &data, args.device, args.max_tries, leave).await? {
+        Outcome::Left => println!("[{}] left; the same command joins again, as somebody new", args.name),
+        Outcome::Finished(adapter) => {
+            println!("[{}] the federation is finished", args.name);
+            if let Some(path) = &args.save {
+                let bytes = write_adapter(&adapter, None)?;
+                std::fs::write(path, bytes).with_context(|| format!("cannot write {}", path.display()))?;
+            }
         }
     }
     Ok(())
@@ -71,7 +76,7 @@ fn open(data: &str) -> anyhow::Result<Dataset> {
     }
 }
 
-/// Fetch the client part, encode, take part.
+/// Fetch the client part, encode, take part; `leave` is cancelled when the person wants to leave.
 ///
 /// # Errors
 /// Anything that ends the participation early.
@@ -81,6 +86,7 @@ pub async fn take_part(
     data: &Dataset,
     device: DeviceChoice,
     max_tries: u32,
+    leave: CancellationToken,
 ) -> anyhow::Result<Outcome> {
     let invite = Invite::parse(url)?;
     let (device, words) = device.open()?;
@@ -104,5 +110,6 @@ pub async fn take_part(
         device: &device,
         max_tries,
     };
-    Ok(participate(me, &mut SocketConnector(invite.socket), &TokioClock, &mut Lines(name.to_owned())).await?)
+    Ok(participate(me, &mut SocketConnector::new(invite.socket, leave), &TokioClock, &mut Lines(name.to_owned()))
+        .await?)
 }

@@ -220,7 +220,6 @@ pub fn run(schedule: Schedule, out: &Path, device: &Device, restart: bool) -> an
         }
         if step.is_multiple_of(SAVE_EVERY) || step == total {
             trainer.save(&work, step, seconds)?;
-            trainer.export(out)?;
         }
     }
     bar.finish();

@@ -14,6 +14,9 @@ pub struct Picture {
     pub rgb: Vec<u8>,
 }
 
+/// Longer edge over shorter edge at most: only the centre is looked at, and all of it is resized.
+const MAX_ASPECT: usize = 100;
+
 /// Why a picture cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PictureError {
@@ -116,6 +119,9 @@ impl Preprocess {
             return Err(PictureError::Size { width: w, height: h, expected, found: picture.rgb.len() });
         }
         let (short, long) = (w.min(h), w.max(h));
+        if long / short > MAX_ASPECT {
+            return Err(PictureError::Resize(format!("{w} x {h} pixels are too narrow; crop it")));
+        }
         let scaled = self.shortest_edge * long / short;
         let (new_w, new_h) = if w <= h { (self.shortest_edge, scaled) } else { (scaled, self.shortest_edge) };
         let resized = if (new_w, new_h) == (w, h) {

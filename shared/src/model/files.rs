@@ -3,7 +3,7 @@
 use super::checkpoint::{CheckpointError, Weights};
 use crate::config::ModelConfig;
 use crate::data::picture::Preprocess;
-use crate::data::text::TextCodec;
+use crate::data::text::{TextCodec, TextError};
 use std::collections::BTreeMap;
 
 /// Everything that a Hugging Face model directory says.
@@ -55,7 +55,10 @@ impl ModelFiles {
             optional("generation_config.json"),
             optional("processor_config.json"),
         )
-        .map_err(|e| unusable("tokenizer.json", e.to_string()))?;
+        .map_err(|e| match e {
+            TextError::File { file, cause } => unusable(file, cause),
+            other => unusable("tokenizer.json", other.to_string()),
+        })?;
         if weights.is_empty() {
             return Err(unusable("model.safetensors", "it is missing".into()));
         }
