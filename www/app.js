@@ -5,6 +5,7 @@ import { AskView } from './ask.js';
 import { DataStep } from './data.js';
 import { Live } from './live.js';
 import { WorkerTab } from './tab.js';
+import { answerTwins, heldByTwin } from './twin.js';
 
 const POLL = 3000;
 const live = new Live();
@@ -162,8 +163,11 @@ async function join() {
   } catch (e) {
     page.joined = false;
     if (page.broken) return; // said already
-    if (options.resume) sessionStorage.removeItem(sessionKey()); // perhaps the server no longer knows it
-    live.say('Not taking part.');
+    // The token is kept: a server that does not know it takes a newcomer. Only a participation that went elsewhere is let go,
+    // since coming back with it would take it away there.
+    const elsewhere = e.message.includes('another tab or program goes on');
+    if (elsewhere) sessionStorage.removeItem(sessionKey());
+    live.say(elsewhere ? 'This tab has stopped: another tab or program goes on with its participation.' : 'Not taking part.');
     setState('error');
     showError(e);
   } finally {
@@ -175,6 +179,7 @@ function hearClient(event) {
   note(event.type === 'joined' ? { ...event, token: undefined } : event.type === 'status' ? { type: 'status', phase: event.status.phase, round: event.status.round } : event);
   if (event.type === 'joined') {
     sessionStorage.setItem(sessionKey(), JSON.stringify({ token: event.token, name: $('name').value.trim(), source: page.source }));
+    page.edgeBytes = 0; // the server has counted them
   }
   document.body.dataset.connection = event.type === 'lost' ? 'lost' : 'up';
   const state = live.hear(event);
@@ -210,7 +215,12 @@ async function start() {
   page.federation = federation;
   $('federation').textContent = `Federation “${federation}”`;
   document.title = `FedNano – ${federation}`;
-  const saved = savedSession();
+  answerTwins(() => (page.joined ? savedSession()?.token : null));
+  let saved = savedSession();
+  if (saved && (await heldByTwin(saved.token))) {
+    sessionStorage.removeItem(sessionKey()); // a duplicate of a tab that takes part is somebody new
+    saved = null;
+  }
   $('name').value = params.name || saved?.name || `tab-${Math.random().toString(36).slice(2, 6)}`;
   live.setStatus(await getJson(`/api/federations/${encodeURIComponent(federation)}`));
   setTimeout(poll, POLL);

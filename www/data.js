@@ -9,6 +9,7 @@ const SHARDS = [
 ];
 const SHOWN = 12;
 const MOST_SAMPLES_LOOKED_AT = 400;
+const FAULTS_SHOWN = 20;
 
 export class DataStep {
   /** `onBusy(busy)` around each choice; `onReady(look)` once pictures are encoded: {pictures, samples, source}. */
@@ -132,11 +133,39 @@ export class DataStep {
     await this.tab.call('clear');
     const { added, faults } = await this.tab.call('addPictures', { files: pictures });
     $('own-words').textContent = `${added} pictures read, ${faults.length} files not.`;
-    $('own-faults').replaceChildren(...faults.slice(0, 20).map((fault) => make('li', fault)));
+    $('own-faults').replaceChildren(...faults.slice(0, FAULTS_SHOWN).map((fault) => this.faultLine(fault)));
     const [{ name, file }] = questions;
-    const summary = await this.tab.call('questions', { name, text: await file.text() });
+    const asked = this.tab.call('questions', { name, text: await file.text() });
+    const summary = await asked.catch((e) => {
+      throw causeOf(e, faults, name);
+    });
     await this.prepare(summary, { shard: null });
   }
+
+  /** A chosen file that is no picture, and a way to be rid of it. */
+  faultLine({ name, message }) {
+    const line = make('li', `${message}. `);
+    const button = make('button', 'Leave it out', 'plain');
+    button.type = 'button';
+    button.setAttribute('aria-label', `Leave out ${name}`);
+    button.onclick = () =>
+      this.run(async () => {
+        this.own.delete(name);
+        line.remove();
+        await this.addOwn([]);
+      });
+    line.append(button);
+    return line;
+  }
+}
+
+const withoutFolders = (name) => name.split(/[/\\]/).at(-1);
+
+/** Questions about a chosen file that is no picture: the file is the cause, not its absence. */
+function causeOf(error, faults, questionFile) {
+  const wanted = /^'(.+?)' is not a picture that can be read: /.exec(error.message)?.[1];
+  const fault = wanted && faults.find(({ name }) => withoutFolders(name) === withoutFolders(wanted));
+  return fault ? new Error(`${fault.message}, or take its questions out of ${questionFile}`) : error;
 }
 
 /** All files below a dropped file or folder. */

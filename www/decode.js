@@ -8,8 +8,9 @@ export async function decode(file) {
   let bitmap;
   try {
     bitmap = await createImageBitmap(file);
-  } catch {
-    throw new Error(`'${file.name}' cannot be read as a picture; choose a PNG, JPEG, WebP, GIF or BMP file`);
+  } catch (e) {
+    const cause = (e.message || e.name).replace(/\.$/, '');
+    throw new Error(`'${file.name}' cannot be read as a picture (${cause}); choose a PNG, JPEG, WebP, GIF or BMP file in its place`);
   }
   const scale = Math.min(1, SHORTEST / Math.min(bitmap.width, bitmap.height));
   const width = Math.max(1, Math.round(bitmap.width * scale));
@@ -23,7 +24,7 @@ export async function decode(file) {
   return { width, height, rgba: new Uint8Array(context.getImageData(0, 0, width, height).data.buffer) };
 }
 
-/** Each of [{name, file}] to `keep(name, picture)`; what is not a picture is named, not fatal. */
+/** Each of [{name, file}] to `keep(name, picture)`; what is not a picture is not fatal: `faults` are [{name, message}]. */
 export async function decodeAll(files, keep, progress) {
   const faults = [];
   let added = 0;
@@ -32,7 +33,7 @@ export async function decodeAll(files, keep, progress) {
       keep(name, await decode(file));
       added += 1;
     } catch (e) {
-      faults.push(e.message);
+      faults.push({ name, message: e.message });
     }
     progress({ done: index + 1, all: files.length });
   }

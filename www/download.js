@@ -52,7 +52,8 @@ async function fetchChecked(entry, canVerify, report) {
 }
 
 async function fetchOnce(entry, cache, report) {
-  const url = new URL(`/edge/${encodeURIComponent(entry.name)}`, self.location.href).href;
+  // The answer is kept for a year without asking again, so another content must have another address.
+  const url = new URL(`/edge/${encodeURIComponent(entry.name)}?sha256=${entry.sha256}`, self.location.href).href;
   const response = await fetch(url, { cache });
   if (!response.ok) throw new Error(`HTTP ${response.status}`);
   const bytes = new Uint8Array(entry.bytes);

@@ -10,8 +10,8 @@ export function make(tag, text = '', className = '') {
   return element;
 }
 
-/** For tests: the last events, newest last. */
-const KEPT = 200;
+/** For tests: the last events, newest last; so many that a slow reader misses none. */
+const KEPT = 5000;
 const events = [];
 window.fednano = { events };
 

@@ -17,6 +17,7 @@ use fednano_shared::model::files::{ModelFiles, SMALL_FILES};
 use fednano_shared::probe::shard;
 use fednano_shared::settings::FederationSettings;
 use fednano_shared::step::FrozenLlm;
+use futures_util::stream::{FuturesUnordered, StreamExt};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -57,8 +58,14 @@ pub struct ServerSettings {
 
 /// First seed of demo scenes kept for evaluation; shards of participants use smaller ones.
 pub const HELD_OUT_SEED: u64 = 1 << 40;
+/// Downloads under way are given this long at the end.
+const DOWNLOADS: Duration = Duration::from_secs(10);
 /// Sessions are given this long to say goodbye.
 const GOODBYE: Duration = Duration::from_secs(5);
+/// Waiting for an evaluation for longer than this is said.
+const SHORT: Duration = Duration::from_millis(200);
+/// A merged round is given this long to be evaluated and saved.
+const SETTLE: Duration = Duration::from_secs(60);
 
 /// A server that is ready to listen.
 pub struct App {
@@ -128,18 +135,66 @@ impl App {
         self.site.shared.llm.clone()
     }
 
-    /// Serve until the shutdown token is cancelled; sessions are told and waited for.
+    /// Serve until the shutdown token is cancelled; sessions are told and waited for, and so are merged rounds that are not
+    /// on disk yet. Each wait is bounded.
     ///
     /// # Errors
-    /// The listener's.
+    /// The listener's, or a federation that failed for good.
     pub async fn serve(&self, listener: TcpListener) -> anyhow::Result<()> {
         let shutdown = self.site.shared.shutdown.clone();
-        http::serve(listener, self.site.clone(), shutdown.cancelled_owned()).await?;
+        let serving = http::serve(listener, self.site.clone(), shutdown.clone().cancelled_owned());
+        let patience = async {
+            shutdown.cancelled().await;
+            tokio::time::sleep(DOWNLOADS).await;
+        };
+        let result = tokio::select! {
+            served = serving => served.map_err(anyhow::Error::from),
+            () = patience => {
+                tracing::warn!("some downloads did not end in time");
+                Ok(())
+            }
+            failure = self.failed() => Err(failure),
+        };
+        shutdown.cancel(); // sessions end, whatever ended the serving
         self.site.sessions.close();
         if tokio::time::timeout(GOODBYE, self.site.sessions.wait()).await.is_err() {
             tracing::warn!("some sessions did not end in time");
         }
-        Ok(())
+        self.settle().await;
+        result
+    }
+
+    /// The first federation that fails for good, as an error.
+    async fn failed(&self) -> anyhow::Error {
+        let federations = self.site.shared.federations.clone();
+        let mut waits: FuturesUnordered<_> = federations
+            .into_iter()
+            .map(|(name, federation)| async move {
+                let cause = federation.failed().await;
+                anyhow::anyhow!("federation '{name}' cannot begin: the untouched model cannot be judged: {cause}")
+            })
+            .collect();
+        match waits.next().await {
+            Some(failure) => failure,
+            None => std::future::pending().await, // no federation, no failure
+        }
+    }
+
+    /// A round that is merged but not evaluated is not on disk: wait for it, though not for ever.
+    async fn settle(&self) {
+        let settled = async {
+            for federation in self.site.shared.federations.values() {
+                federation.settled().await;
+            }
+        };
+        tokio::pin!(settled);
+        if tokio::time::timeout(SHORT, &mut settled).await.is_ok() {
+            return;
+        }
+        tracing::info!("waiting at most {} s until the merged round is evaluated and saved", SETTLE.as_secs());
+        if tokio::time::timeout(SETTLE, settled).await.is_err() {
+            tracing::warn!("the merged round was not evaluated in time; after a restart it is trained anew");
+        }
     }
 }
 

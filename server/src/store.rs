@@ -7,6 +7,7 @@ use fednano_shared::settings::FederationSettings;
 use fednano_shared::wire::{ClientKind, RoundResult};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Everything but the adapters.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -97,6 +98,45 @@ impl Store {
     }
 }
 
+/// A folder for one run, removed with its owner.
+#[derive(Debug)]
+pub struct TemporaryFolder(PathBuf);
+
+impl TemporaryFolder {
+    /// Make an empty one. Process numbers come round again: what an earlier process left under this name is removed, so that
+    /// nobody goes on with somebody else's federation.
+    ///
+    /// # Errors
+    /// A folder that cannot be removed or made.
+    pub fn create(purpose: &str) -> anyhow::Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        Self::fresh(std::env::temp_dir().join(format!("fednano-{purpose}-{}-{number}", std::process::id())))
+    }
+
+    fn fresh(path: PathBuf) -> anyhow::Result<Self> {
+        let made = match std::fs::remove_dir_all(&path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
+            _ => std::fs::create_dir(&path),
+        };
+        made.with_context(|| {
+            format!("cannot make {} anew; remove it, or set TMPDIR to another folder", path.display())
+        })?;
+        Ok(Self(path))
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for TemporaryFolder {
+    fn drop(&mut self) {
+        drop(std::fs::remove_dir_all(&self.0));
+    }
+}
+
 /// Adapters as a safetensors file in f32, with the round that they come from if it is known.
 ///
 /// # Errors
@@ -118,4 +158,21 @@ pub fn read_adapter(bytes: &[u8]) -> anyhow::Result<AdapterState> {
     let tensors =
         AdapterState::NAMES.iter().map(|n| Ok(((*n).to_owned(), weights.read(n).map_err(anyhow::Error::msg)?)));
     Ok(AdapterState(tensors.collect::<anyhow::Result<_>>()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_temporary_folder_begins_empty_and_ends() {
+        let outer = TemporaryFolder::create("test").unwrap();
+        let path = outer.path().join("inner");
+        std::fs::create_dir(&path).unwrap();
+        std::fs::write(path.join("state.json"), "somebody else's").unwrap();
+        let inner = TemporaryFolder::fresh(path.clone()).unwrap();
+        assert_eq!(std::fs::read_dir(inner.path()).unwrap().count(), 0);
+        drop(inner);
+        assert!(!path.exists() && outer.path().exists());
+    }
 }

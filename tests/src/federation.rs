@@ -1,11 +1,23 @@
 //! Federations over real sockets and in one process.
 
-use fednano_shared::client::Outcome;
+use anyhow::Context;
+use burn::tensor::Device;
+use fednano_server::app::{App, HeldOutSource, ServerSettings, bind};
+use fednano_server::native::{Socket, SocketConnector};
+use fednano_server::store::{Store, read_adapter};
+use fednano_shared::client::{Connector, Outcome, Transport};
+use fednano_shared::data::dataset::Dataset;
 use fednano_shared::data::scene::DemoTheme;
+use fednano_shared::plain::AdapterState;
 use fednano_shared::probe::shard;
 use fednano_shared::settings::{FederationSettings, Strategy};
-use fednano_shared::wire::Phase;
-use fednano_tests::{Heard, LIMIT, Server, block, encode, take_part};
+use fednano_shared::wire::{
+    self, ClientMessage, FaultCode, Hello, ParticipantId, Phase, Purpose, ServerMessage, SessionToken, Status, Update,
+};
+use fednano_tests::{Heard, LIMIT, Server, block, encode, hello, nano_llava, repository, take_part};
+use std::collections::BTreeMap;
+use std::path::Path;
+use tokio_util::sync::CancellationToken;
 
 fn settings() -> FederationSettings {
     FederationSettings { rounds: 2, min_participants: 2, local_epochs: 3, learning_rate: 1e-2, ..Default::default() }
@@ -127,5 +139,254 @@ pub fn restart() -> anyhow::Result<()> {
             heard.0
         );
         restarted.stop().await
+    })
+}
+
+/// The same with two: whoever is back first waits for the other, so that no round is merged from one alone.
+pub fn restart_with_two() -> anyhow::Result<()> {
+    block(LIMIT, async {
+        let folder = tempfile::tempdir()?;
+        let settings = FederationSettings { rounds: 3, min_participants: 2, local_epochs: 4, ..Default::default() };
+        let server = Server::start(settings.clone(), folder.path()).await?;
+        let (address, socket) = (server.address().to_owned(), server.socket.clone());
+        let edge = server.app.held_out.edge.clone();
+        // The first has less to do: it would be done before a late second one is back.
+        let data = [shard(DemoTheme::Workshop, 1, 8, 4), shard(DemoTheme::Garden, 2, 16, 4)];
+        let caches = [encode(&edge, &data[0]).await?, encode(&edge, &data[1]).await?];
+        let (mut a, mut b) = (Heard::default(), Heard::default());
+        let (first, second, restarted) = tokio::join!(
+            take_part(&edge, &caches[0], &socket, "a", &mut a),
+            take_part(&edge, &caches[1], &socket, "b", &mut b),
+            async {
+                let federation = server.app.federation("test").context("no federation")?;
+                // In the middle of round 2.
+                let midway = |s: &Status| s.round >= 2 && s.participants.iter().any(|p| p.progress.0 >= 2);
+                while !midway(&federation.status()) {
+                    tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+                }
+                server.stop().await?;
+                Server::start_on(&address, settings, folder.path()).await
+            }
+        );
+        let restarted = restarted?;
+        for (outcome, heard) in [(first?, a), (second?, b)] {
+            anyhow::ensure!(matches!(outcome, Outcome::Finished(_)), "a client did not finish");
+            anyhow::ensure!(heard.0.contains(&"joined resumed=true".to_owned()), "{:?}", heard.0);
+        }
+        let status = restarted.app.federation("test").context("no federation")?.finished().await;
+        anyhow::ensure!(status.participants.len() == 2, "somebody came back as another: {:?}", status.participants);
+        anyhow::ensure!(status.history.len() == 4, "{:?}", status.history);
+        for r in &status.history[1..] {
+            anyhow::ensure!(r.participants.len() == 2, "round {} was merged from {:?} alone", r.round, r.participants);
+        }
+        restarted.stop().await
+    })
+}
+
+/// A participant that says what the test wants.
+struct ByHand {
+    socket: Socket,
+    token: SessionToken,
+    status: Status,
+}
+
+impl ByHand {
+    async fn join(server: &Server, hello: Hello) -> anyhow::Result<Self> {
+        let mut socket = SocketConnector::new(&server.socket, CancellationToken::new()).connect().await?;
+        socket.send(wire::encode(&ClientMessage::Hello(hello))).await?;
+        match wire::decode(&socket.receive().await?)? {
+            ServerMessage::Welcome { token, status, .. } => Ok(Self { socket, token, status }),
+            other => anyhow::bail!("{other:?} instead of a welcome"),
+        }
+    }
+
+    /// The next message that is no status.
+    async fn next(&mut self) -> anyhow::Result<ServerMessage> {
+        loop {
+            match wire::decode(&self.socket.receive().await?)? {
+                ServerMessage::Status(_) => {}
+                other => return Ok(other),
+            }
+        }
+    }
+
+    /// A round's beginning, which must come next; its adapters.
+    async fn round(&mut self, expected: u32) -> anyhow::Result<AdapterState> {
+        match self.next().await? {
+            ServerMessage::Round { round, adapter } if round == expected => Ok(adapter),
+            other => anyhow::bail!("{other:?} instead of round {expected}"),
+        }
+    }
+
+    /// Send an update, hear what becomes of it: the fault's code, if it is refused.
+    async fn update(&mut self, round: u32, adapter: AdapterState, samples: u32) -> anyhow::Result<Option<FaultCode>> {
+        let update = Update { round, adapter, fisher: None, samples, loss: 1.0 };
+        self.socket.send(wire::encode(&ClientMessage::Update(update))).await?;
+        match self.next().await? {
+            ServerMessage::UpdateAccepted { round: r } if r == round => Ok(None),
+            ServerMessage::UpdateRefused { round: r, fault } if r == round => Ok(Some(fault.code)),
+            other => anyhow::bail!("{other:?} in answer to an update of round {round}"),
+        }
+    }
+
+    /// The end, which must come next; the federation's adapters.
+    async fn finished(&mut self) -> anyhow::Result<AdapterState> {
+        match self.next().await? {
+            ServerMessage::Finished { adapter } => Ok(adapter),
+            other => anyhow::bail!("{other:?} instead of the end"),
+        }
+    }
+}
+
+fn filled(like: &AdapterState, value: f32) -> AdapterState {
+    let mut state = like.clone();
+    state.0.values_mut().for_each(|b| b.data.fill(value));
+    state
+}
+
+/// Every value is this one, but for rounding.
+fn all(state: &AdapterState, value: f32) -> bool {
+    state.0.values().all(|b| b.data.iter().all(|v| (v - value).abs() < 1e-6))
+}
+
+/// The adapters that a server's folder holds for a round.
+fn on_disk(folder: &Path, round: u32) -> anyhow::Result<AdapterState> {
+    read_adapter(&std::fs::read(folder.join(format!("test/adapter-round-{round:04}.safetensors")))?)
+}
+
+fn by_hand(rounds: u32, min_participants: usize) -> FederationSettings {
+    FederationSettings { rounds, min_participants, strategy: Strategy::FedAvg, ..Default::default() }
+}
+
+/// A second update is refused, whatever round it names, and the first one is merged; with no more weight than the samples
+/// that its sender announced.
+pub fn second_update() -> anyhow::Result<()> {
+    block(LIMIT, async {
+        let folder = tempfile::tempdir()?;
+        let server = Server::start(by_hand(1, 2), folder.path()).await?;
+        let mut a = ByHand::join(&server, hello("a", 1, Purpose::Train)).await?;
+        let mut b = ByHand::join(&server, hello("b", 3, Purpose::Train)).await?;
+        let start = a.round(1).await?;
+        anyhow::ensure!(b.round(1).await? == start, "two participants begin with different adapters");
+        anyhow::ensure!(a.update(1, filled(&start, 0.01), 1000).await?.is_none(), "a sound update is refused");
+        for (round, value) in [(1, 0.5), (2, 0.7)] {
+            let answer = a.update(round, filled(&start, value), 1).await?;
+            anyhow::ensure!(answer == Some(FaultCode::StaleRound), "a second update: {answer:?}");
+        }
+        anyhow::ensure!(b.update(1, filled(&start, 0.03), 3).await?.is_none(), "a sound update is refused");
+        // (1 * 0.01 + 3 * 0.03) / 4
+        let merged = a.finished().await?;
+        anyhow::ensure!(all(&merged, 0.025), "merged {:?}", merged.0["image.down"].data[0]);
+        anyhow::ensure!(b.finished().await? == merged, "two participants end with different adapters");
+        server.stop().await
+    })
+}
+
+/// Finite but huge: its merge cannot be judged, so the old adapters stay and the next round is as if it had not been.
+pub fn huge_update() -> anyhow::Result<()> {
+    block(LIMIT, async {
+        let folder = tempfile::tempdir()?;
+        let server = Server::start(by_hand(2, 1), folder.path()).await?;
+        let mut a = ByHand::join(&server, hello("a", 3, Purpose::Train)).await?;
+        let start = a.round(1).await?;
+        anyhow::ensure!(a.update(1, filled(&start, 1e30), 3).await?.is_none(), "it is finite, so it counts");
+        anyhow::ensure!(a.round(2).await? == start, "a merge that cannot be judged was adopted");
+        anyhow::ensure!(on_disk(folder.path(), 1)? == start, "a merge that cannot be judged was saved");
+        anyhow::ensure!(a.update(2, filled(&start, 0.01), 3).await?.is_none(), "a sound update is refused");
+        anyhow::ensure!(all(&a.finished().await?, 0.01), "the next round was not merged");
+        let status = server.app.federation("test").context("no federation")?.finished().await;
+        let [before, failed, after] = &status.history[..] else {
+            anyhow::bail!("{} results, expected 3", status.history.len());
+        };
+        anyhow::ensure!(failed.held_out == before.held_out, "{failed:?} does not repeat {before:?}");
+        anyhow::ensure!(failed.participants.is_empty(), "what is not adopted is nobody's: {failed:?}");
+        anyhow::ensure!(after.participants == [ParticipantId(1)] && after.held_out.samples > 0, "{after:?}");
+        server.stop().await
+    })
+}
+
+/// Somebody joins while a merge is being evaluated, which saves the participants: each round keeps its own adapters.
+pub fn newcomer_during_evaluation() -> anyhow::Result<()> {
+    block(LIMIT, async {
+        let folder = tempfile::tempdir()?;
+        let server = Server::start(by_hand(2, 1), folder.path()).await?;
+        let mut a = ByHand::join(&server, hello("a", 3, Purpose::Train)).await?;
+        let start = a.round(1).await?;
+        anyhow::ensure!(a.update(1, filled(&start, 0.01), 3).await?.is_none(), "a sound update is refused");
+        let mut b = ByHand::join(&server, hello("b", 3, Purpose::Train)).await?;
+        anyhow::ensure!(on_disk(folder.path(), 0)? == start, "round 0 has another round's adapters");
+        let next = a.round(2).await?;
+        anyhow::ensure!(all(&next, 0.01) && b.round(2).await? == next, "round 2 begins with something else");
+        anyhow::ensure!(on_disk(folder.path(), 0)? == start, "round 0 has another round's adapters");
+        anyhow::ensure!(on_disk(folder.path(), 1)? == next, "round 1 has another round's adapters");
+        server.stop().await
+    })
+}
+
+/// A server that is told to stop while it evaluates a merge saves it first.
+pub fn stop_during_evaluation() -> anyhow::Result<()> {
+    block(LIMIT, async {
+        let folder = tempfile::tempdir()?;
+        let server = Server::start(by_hand(2, 1), folder.path()).await?;
+        let mut a = ByHand::join(&server, hello("a", 3, Purpose::Train)).await?;
+        let start = a.round(1).await?;
+        anyhow::ensure!(a.update(1, filled(&start, 0.01), 3).await?.is_none(), "a sound update is refused");
+        server.stop().await?;
+        let (state, adapter) = Store::open(folder.path(), "test")?.load()?.context("nothing is saved")?;
+        let last = state.history.last().context("no result is saved")?;
+        anyhow::ensure!(last.round == 1 && last.held_out.samples > 0, "{last:?}");
+        anyhow::ensure!(all(&adapter, 0.01), "the merge is not saved");
+        Ok(())
+    })
+}
+
+/// The same participation from a second place: the first is told, once, and does not fight for it; its download counts once.
+pub fn taken_over() -> anyhow::Result<()> {
+    block(LIMIT, async {
+        let folder = tempfile::tempdir()?;
+        let server = Server::start(by_hand(1, 2), folder.path()).await?;
+        let introduction = Hello { edge_bytes: 1000, ..hello("a", 3, Purpose::Train) };
+        let mut old = ByHand::join(&server, introduction.clone()).await?;
+        let again = Hello { resume: Some(old.token.clone()), ..introduction };
+        let new = ByHand::join(&server, again).await?;
+        match old.next().await? {
+            ServerMessage::Refused(fault) => {
+                anyhow::ensure!(fault.code == FaultCode::OutOfOrder && fault.cause.contains("another tab"), "{fault}");
+            }
+            other => anyhow::bail!("{other:?} instead of a refusal"),
+        }
+        anyhow::ensure!(old.next().await.is_err(), "the older connection stays open");
+        anyhow::ensure!(new.token == old.token, "it came back as somebody else");
+        let [me] = &new.status.participants[..] else {
+            anyhow::bail!("{:?}", new.status.participants);
+        };
+        anyhow::ensure!(me.traffic.edge_down == 1000, "{} bytes of 1000 are counted", me.traffic.edge_down);
+        server.stop().await
+    })
+}
+
+/// Where not even the untouched model can be judged, the server says so and ends, instead of reporting 0 %.
+pub fn nothing_to_judge() -> anyhow::Result<()> {
+    block(LIMIT, async {
+        let folder = tempfile::tempdir()?;
+        let listener = bind("127.0.0.1:0").await?;
+        let server = ServerSettings {
+            model: nano_llava(),
+            www: repository().join("www"),
+            data_dir: folder.path().to_owned(),
+            federations: BTreeMap::from([("test".to_owned(), settings())]),
+            held_out: HeldOutSource::Data(Dataset::default()),
+            evaluation_limit: 0,
+            merge_requests: true,
+        };
+        let app = App::start(server, &Device::flex(), CancellationToken::new()).await?;
+        let words = app.serve(listener).await.err().context("it was served all the same")?.to_string();
+        println!("{words}");
+        anyhow::ensure!(words.contains("'test'") && words.contains("no held-out samples"), "{words}");
+        let federation = app.federation("test").context("no federation")?;
+        let fault = federation.join(hello("late", 1, Purpose::Train)).await.err().context("somebody was let in")?;
+        anyhow::ensure!(fault.cause.contains("no held-out samples") && !fault.remedy.is_empty(), "{fault}");
+        anyhow::ensure!(federation.status().history.is_empty(), "{:?}", federation.status().history);
+        Ok(())
     })
 }

@@ -7,6 +7,7 @@ mod faults;
 mod federation;
 mod gradients;
 mod learning;
+mod page;
 mod parity;
 mod rounds;
 
@@ -38,6 +39,22 @@ const INDEX: &[(&str, &[Needs], Test)] = &[
     ("federation::a_restarted_server_goes_on", &[NanoLlava], federation::restart),
     ("browser::two_tabs_federate", &[NanoLlava, Chromium], browser::two_tabs),
     ("learning::tuning_beats_the_baselines_on_easy_vqa", &[NanoLlava, EasyVqa], learning::easy_vqa_test),
+    ("federation::a_restart_with_two_goes_on_with_both", &[NanoLlava], federation::restart_with_two),
+    ("federation::a_second_update_is_refused_and_the_first_merged", &[NanoLlava], federation::second_update),
+    ("federation::a_huge_update_does_not_destroy_it", &[NanoLlava], federation::huge_update),
+    ("federation::a_newcomer_during_evaluation_changes_no_saved_round", &[NanoLlava], federation::newcomer_during_evaluation),
+    ("federation::a_stop_during_evaluation_saves_the_round", &[NanoLlava], federation::stop_during_evaluation),
+    ("federation::a_participation_taken_over_is_told_so", &[NanoLlava], federation::taken_over),
+    ("federation::nothing_to_judge_is_an_error", &[NanoLlava], federation::nothing_to_judge),
+    // What a person does with the page.
+    ("page::own_pictures_and_a_csv", &[NanoLlava, Chromium], page::own_pictures),
+    ("page::faulty_own_pictures_are_named", &[NanoLlava, Chromium], page::faulty_own_pictures),
+    ("page::a_question_is_answered_before_and_after", &[NanoLlava, Chromium], page::ask_before_and_after),
+    ("page::leaving_and_rejoining_is_one_participant", &[NanoLlava, Chromium], page::leave_and_rejoin),
+    ("page::a_reloaded_tab_goes_on", &[NanoLlava, Chromium], page::reload),
+    ("page::a_duplicated_tab_is_somebody_new", &[NanoLlava, Chromium], page::duplicated_tab),
+    ("page::a_tab_that_was_taken_over_stays_away", &[NanoLlava, Chromium], page::taken_over),
+    ("page::fits_a_phone_and_the_keyboard", &[NanoLlava, Chromium], page::phone_and_keyboard),
     // Rules of rounds under random events.
     ("rounds::hold_in_random_sequences", &[Nothing], rounds::random_sequences),
     // Bad input: the cause, the remedy, and nothing lost.

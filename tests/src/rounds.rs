@@ -19,9 +19,15 @@ fn sequence(seed: u64) -> anyhow::Result<()> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let limits =
         Limits { rounds: rng.random_range(1..5), min_participants: rng.random_range(1..4), deadline: 1000, grace: 50 };
-    let mut machine = Machine::new(limits, 0);
+    // Sometimes a restart: some rounds are done, some participants known (9 never comes back).
+    let restart = rng.random_bool(0.5);
+    let done = if restart { rng.random_range(0..=limits.rounds) } else { 0 };
+    let ids = [1, 2, 3, 4, 9].map(ParticipantId);
+    let known: Vec<_> = ids.into_iter().filter(|_| restart && rng.random_bool(0.4)).collect();
+    let mut machine = Machine::new(limits, done, &known);
+    let mut awaited: BTreeSet<_> = known.iter().copied().collect();
     let (mut now, mut counted) = (0, BTreeSet::new());
-    let (mut merged, mut connected, mut log) = (0, BTreeSet::new(), Vec::new());
+    let (mut merged, mut connected, mut log) = (done, BTreeSet::new(), vec![format!("{limits:?} {done} {known:?}")]);
     for _ in 0..rng.random_range(5..80) {
         now += rng.random_range(0..40);
         let id = ParticipantId(rng.random_range(1..5));
@@ -39,8 +45,15 @@ fn sequence(seed: u64) -> anyhow::Result<()> {
             _ => Event::Tick,
         };
         match event {
-            Event::Connected(id) => drop(connected.insert(id)),
-            Event::Lost(id) | Event::Left(id) => drop(connected.remove(&id)),
+            Event::Connected(id) => {
+                connected.insert(id);
+                awaited.remove(&id);
+            }
+            Event::Left(id) => {
+                connected.remove(&id);
+                awaited.remove(&id);
+            }
+            Event::Lost(id) => drop(connected.remove(&id)),
             _ => {}
         }
         let before = (machine.phase(), machine.round());
@@ -66,6 +79,8 @@ fn sequence(seed: u64) -> anyhow::Result<()> {
                 // Dropped updates may be sent again.
                 Action::Abandon { round } => counted.retain(|(_, r)| r != round),
                 Action::Start { to, .. } => {
+                    let early = now < limits.grace && !awaited.is_empty();
+                    anyhow::ensure!(!early, say("a round starts without one who may still come back"));
                     anyhow::ensure!(
                         to.iter().all(|p| connected.contains(p)),
                         say("a round starts for somebody who is away")
@@ -89,5 +104,11 @@ fn sequence(seed: u64) -> anyhow::Result<()> {
     now += limits.deadline + limits.grace;
     machine.step(now, Event::Tick);
     anyhow::ensure!(machine.phase() != Phase::Training, "a round waits for ever\n{}", log.join("\n"));
+    // Nor does the lobby: the one who never came back had its grace.
+    machine.step(now, Event::Evaluated);
+    for id in 1..5 {
+        machine.step(now, Event::Connected(ParticipantId(id)));
+    }
+    anyhow::ensure!(machine.phase() != Phase::Lobby, "the lobby waits for ever\n{}", log.join("\n"));
     Ok(())
 }

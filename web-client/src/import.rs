@@ -34,7 +34,8 @@ impl Pictures {
         match (alike.next(), alike.next()) {
             (Some((_, picture)), None) => Ok(picture.clone()),
             (Some((first, _)), Some((second, _))) => Err(format!("both '{first}' and '{second}' are called so")),
-            (None, _) => Err("none of the chosen pictures is called so".to_owned()),
+            // Files that are no pictures do not get here: the page names them.
+            (None, _) => Err("no readable picture among the chosen files is called so".to_owned()),
         }
     }
 }

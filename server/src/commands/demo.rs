@@ -2,9 +2,10 @@
 
 use super::SettingFlags;
 use super::join::take_part;
-use super::serve::cancel_on_signal;
+use super::serve::{base_url, cancel_on_signal, has_page};
 use crate::app::{App, HeldOutSource, ServerSettings, bind};
 use crate::device::DeviceChoice;
+use crate::store::TemporaryFolder;
 use anyhow::Context;
 use fednano_shared::data::scene::DemoTheme;
 use fednano_shared::probe::shard;
@@ -83,24 +84,21 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
     let listen = if attended { &args.listen } else { "127.0.0.1:0" };
     let listener = bind(listen).await?;
     let (device, device_name) = args.device.open()?;
-    let folder = std::env::temp_dir().join(format!("fednano-demo-{}", std::process::id()));
+    anyhow::ensure!(has_page(&args.www), "{} holds no built page; run `just web` first", args.www.display());
+    let folder = TemporaryFolder::create("demo")?;
     let server = ServerSettings {
         model: args.model.clone(),
         www: args.www.clone(),
-        data_dir: folder.clone(),
+        data_dir: folder.path().to_owned(),
         federations: BTreeMap::from([("demo".to_owned(), settings.clone())]),
         held_out: HeldOutSource::Demo(args.data_seed),
         evaluation_limit: 0,
         merge_requests: true,
     };
-    anyhow::ensure!(
-        args.www.join("pkg/fednano_web.js").exists(),
-        "{} holds no built page; run `just web` first",
-        args.www.display()
-    );
     let shutdown = CancellationToken::new();
     let app = App::start(server, &device, shutdown.clone()).await?;
-    let link = format!("http://{}/?federation=demo", listener.local_addr()?);
+    cancel_on_signal(shutdown);
+    let link = format!("{}/?federation=demo", base_url(listener.local_addr()?));
     let federation = app.federation("demo").context("the federation did not start")?;
     let started = Instant::now();
     for number in 0..native {
@@ -109,23 +107,17 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
     let mut browsers = Browsers::default();
     if attended {
         println!(
-            "the LLM runs on {device_name}; two native participants are in and wait for you\n\n  open {link}\n\nCtrl-C ends the demo"
+            "the LLM runs on {device_name}; native participants: {native}; the rounds begin when you join\n\n  open {link}\n\nCtrl-C ends the demo"
         );
-        cancel_on_signal(shutdown.clone());
-        let end = shutdown.clone();
-        tokio::select! {
-            served = app.serve(listener) => served?,
-            status = async {
+        return tokio::select! {
+            served = app.serve(listener) => served,
+            () = async {
                 let status = federation.finished().await;
                 println!("\nall rounds are done: held-out accuracy {}", accuracies(&status));
                 println!("the page stays open for questions until Ctrl-C");
-                end.cancelled().await;
-                tokio::time::sleep(Duration::from_secs(2)).await;
-                status
-            } => drop(status),
-        }
-        drop(std::fs::remove_dir_all(&folder));
-        return Ok(());
+                std::future::pending::<()>().await;
+            } => Ok(()),
+        };
     }
     for number in 0..tabs {
         browsers.open(number, &link, args)?;
@@ -133,17 +125,19 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
     let status = tokio::select! {
         served = app.serve(listener) => {
             served?;
-            anyhow::bail!("the server stopped");
+            anyhow::bail!("the server stopped before the rounds were done");
         }
         status = federation.finished() => status,
+        cause = browsers.ended() => {
+            anyhow::bail!("{cause}; the federation stands at {}", serde_json::to_string(&federation.status())?);
+        }
         () = tokio::time::sleep(Duration::from_secs(args.timeout)) => {
-            let status = federation.status();
-            browsers.close();
-            anyhow::bail!("not finished after {} s; the federation stands at {}", args.timeout, serde_json::to_string(&status)?);
+            let status = serde_json::to_string(&federation.status())?;
+            anyhow::bail!("not finished after {} s; the federation stands at {status}", args.timeout);
         }
     };
     browsers.close();
-    drop(std::fs::remove_dir_all(&folder));
+    drop(folder);
     println!("{}", report(&status, started.elapsed().as_secs_f64()));
     judge(&status, tabs)
 }
@@ -200,6 +194,9 @@ fn report(status: &Status, seconds: f64) -> serde_json::Value {
 }
 
 fn judge(status: &Status, tabs: usize) -> anyhow::Result<()> {
+    if let Some(r) = status.history.iter().find(|r| r.held_out.samples == 0) {
+        anyhow::bail!("the evaluation of round {} covers no sample", r.round);
+    }
     let accuracy = |r: Option<&fednano_shared::wire::RoundResult>| r.map_or(0.0, |r| r.held_out.accuracy);
     let (first, last) = (accuracy(status.history.first()), accuracy(status.history.last()));
     anyhow::ensure!(last > first, "held-out accuracy did not rise: {first:.3} before, {last:.3} after");
@@ -219,7 +216,13 @@ fn judge(status: &Status, tabs: usize) -> anyhow::Result<()> {
 
 /// Headless browsers, ended when dropped.
 #[derive(Default)]
-struct Browsers(Vec<(Child, PathBuf)>);
+struct Browsers(Vec<Browser>);
+
+struct Browser {
+    tab: String,
+    child: Child,
+    profile: PathBuf,
+}
 
 /// How the third tab's browser gets WebGPU without a GPU.
 pub const SOFTWARE_WEBGPU: [&str; 2] = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"];
@@ -238,6 +241,7 @@ impl Browsers {
             args.questions
         );
         let profile = std::env::temp_dir().join(format!("fednano-tab-{}-{number}", std::process::id()));
+        drop(std::fs::remove_dir_all(&profile)); // a leftover of an earlier process of this number
         let mut command = Command::new(program);
         command.args([
             "--headless=new",
@@ -252,15 +256,27 @@ impl Browsers {
         }
         command.arg(format!("--user-data-dir={}", profile.display())).arg(url);
         let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().context("Chromium does not start")?;
-        self.0.push((child, profile));
+        self.0.push(Browser { tab: name, child, profile });
         Ok(())
     }
 
+    /// Wait until one ends by itself, which none should; which one, and how.
+    async fn ended(&mut self) -> String {
+        loop {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            for browser in &mut self.0 {
+                if let Ok(Some(status)) = browser.child.try_wait() {
+                    return format!("the browser of {} ended early ({status})", browser.tab);
+                }
+            }
+        }
+    }
+
     fn close(&mut self) {
-        for (mut child, profile) in self.0.drain(..) {
-            drop(child.kill());
-            drop(child.wait());
-            drop(std::fs::remove_dir_all(profile));
+        for mut browser in self.0.drain(..) {
+            drop(browser.child.kill());
+            drop(browser.child.wait());
+            drop(std::fs::remove_dir_all(browser.profile));
         }
     }
 }
@@ -285,4 +301,45 @@ pub fn chromium() -> anyhow::Result<PathBuf> {
         .flat_map(|name| std::env::split_paths(&path).map(move |dir| dir.join(name)))
         .find(|p| p.is_file())
         .context("no Chromium is installed; run `just setup`, or name one in the variable CHROMIUM")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fednano_shared::step::Evaluation;
+    use fednano_shared::wire::{Phase, RoundResult};
+
+    fn status(evaluations: [(f64, usize); 2]) -> Status {
+        let result = |(round, (accuracy, samples))| RoundResult {
+            round,
+            held_out: Evaluation { accuracy, loss: 1.0, samples },
+            participants: Vec::new(),
+            training_loss: None,
+            seconds: 0.0,
+        };
+        Status {
+            federation: "demo".into(),
+            phase: Phase::Finished,
+            round: 1,
+            rounds: 1,
+            participants: Vec::new(),
+            history: (0..).zip(evaluations).map(result).collect(),
+            min_participants: 1,
+        }
+    }
+
+    #[test]
+    fn a_risen_accuracy_of_real_evaluations_is_judged_well() {
+        judge(&status([(0.2, 90), (0.6, 90)]), 0).unwrap();
+        assert!(judge(&status([(0.6, 90), (0.6, 90)]), 0).unwrap_err().to_string().contains("did not rise"));
+        assert!(judge(&status([(0.2, 90), (0.6, 90)]), 1).unwrap_err().to_string().contains("0 tabs"));
+    }
+
+    #[test]
+    fn an_evaluation_of_nothing_is_a_failure() {
+        for evaluations in [[(0.0, 0), (0.6, 90)], [(0.2, 90), (0.6, 0)]] {
+            let words = judge(&status(evaluations), 0).unwrap_err().to_string();
+            assert!(words.contains("covers no sample"), "{words}");
+        }
+    }
 }

@@ -4,7 +4,8 @@ use super::SettingFlags;
 use crate::app::{App, ServerSettings, bind, held_out_from};
 use crate::device::DeviceChoice;
 use fednano_shared::settings::FederationSettings;
-use std::path::PathBuf;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use tokio_util::sync::CancellationToken;
 
 /// Serve a model to participants: page, edge weights, websocket, rounds.
@@ -60,7 +61,16 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
     let app = App::start(server, &device, shutdown.clone()).await?;
     let address = listener.local_addr()?;
     for federation in &args.federations {
-        println!("invite link: http://{address}/?federation={federation}");
+        println!("invite link: {}/?federation={federation}", base_url(address));
+    }
+    if address.ip().is_unspecified() {
+        println!("on other machines, put this machine's address or name in place of localhost");
+    }
+    if !has_page(&args.www) {
+        tracing::warn!(
+            "{} holds no built page, so browsers cannot join; run `just web`, or name the page's folder with --www",
+            args.www.display()
+        );
     }
     cancel_on_signal(shutdown);
     app.serve(listener).await?;
@@ -68,23 +78,62 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Ctrl-C, or the system's polite request to end.
+/// Is the page there, with its WebAssembly?
+pub fn has_page(www: &Path) -> bool {
+    www.join("pkg/fednano_web.js").exists()
+}
+
+/// A link's beginning that a browser on this machine can open: a server that listens on every address names none.
+pub fn base_url(address: SocketAddr) -> String {
+    if address.ip().is_unspecified() {
+        format!("http://localhost:{}", address.port())
+    } else {
+        format!("http://{address}")
+    }
+}
+
+/// Ctrl-C, or the system's polite request to end; a second one ends the program at once.
 pub fn cancel_on_signal(shutdown: CancellationToken) {
     tokio::spawn(async move {
-        #[cfg(unix)]
-        {
-            use tokio::signal::unix::{SignalKind, signal};
-            let Ok(mut terminate) = signal(SignalKind::terminate()) else {
-                return;
-            };
-            tokio::select! {
-                _ = tokio::signal::ctrl_c() => {}
-                _ = terminate.recv() => {}
+        if signalled().await {
+            println!("shutting down; participants are told (once more to end at once)");
+            shutdown.cancel();
+            if signalled().await {
+                std::process::exit(130);
             }
         }
-        #[cfg(not(unix))]
-        drop(tokio::signal::ctrl_c().await);
-        println!("shutting down; participants are told");
-        shutdown.cancel();
     });
+}
+
+/// Wait for such a signal; false where none can be heard.
+#[cfg(unix)]
+async fn signalled() -> bool {
+    use tokio::signal::unix::{SignalKind, signal};
+    let Ok(mut terminate) = signal(SignalKind::terminate()) else {
+        return false;
+    };
+    tokio::select! {
+        heard = tokio::signal::ctrl_c() => heard.is_ok(),
+        heard = terminate.recv() => heard.is_some(),
+    }
+}
+
+/// Wait for such a signal; false where none can be heard.
+#[cfg(not(unix))]
+async fn signalled() -> bool {
+    tokio::signal::ctrl_c().await.is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_invite_link_can_be_opened() {
+        let base = |address: &str| base_url(address.parse().unwrap());
+        assert_eq!(base("0.0.0.0:8080"), "http://localhost:8080");
+        assert_eq!(base("[::]:81"), "http://localhost:81");
+        assert_eq!(base("127.0.0.1:8080"), "http://127.0.0.1:8080");
+        assert_eq!(base("[::1]:8080"), "http://[::1]:8080");
+    }
 }

@@ -5,6 +5,7 @@ use crate::app::{App, HeldOutSource, ServerSettings};
 use crate::datasets;
 use crate::device::DeviceChoice;
 use crate::native::{ChannelConnector, TokioClock};
+use crate::store::TemporaryFolder;
 use anyhow::Context;
 use burn::tensor::Device;
 use fednano_shared::client::{ClientEvent, Observer, Outcome, Participant, participate};
@@ -79,24 +80,25 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
     );
 
     let (folder, temporary) = match &args.data_dir {
-        Some(folder) => (folder.clone(), false),
-        None => (std::env::temp_dir().join(format!("fednano-simulate-{}", std::process::id())), true),
+        Some(folder) => (folder.clone(), None),
+        None => {
+            let temporary = TemporaryFolder::create("simulate")?;
+            remove_on_ctrl_c(temporary.path().to_owned());
+            (temporary.path().to_owned(), Some(temporary))
+        }
     };
     let server = ServerSettings {
         model: args.model.clone(),
         www: PathBuf::from("www"),
-        data_dir: folder.clone(),
+        data_dir: folder,
         federations: BTreeMap::from([("simulation".to_owned(), settings.clone())]),
         held_out: HeldOutSource::Data(splits.test),
         evaluation_limit: args.evaluation_limit,
         merge_requests: false,
     };
     let app = App::start(server, &device, CancellationToken::new()).await?;
-    let result = federate(&app, args, &settings, shards, &device).await;
-    if temporary {
-        drop(std::fs::remove_dir_all(&folder));
-    }
-    let mut report = result?;
+    let mut report = federate(&app, args, &settings, shards, &device).await?;
+    drop(temporary);
     let (constant, question_only) = baselines;
     println!(
         "best constant answer {:.1} %, best question-only answer {:.1} %",
@@ -111,6 +113,16 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
         println!("results in {}", path.display());
     }
     Ok(())
+}
+
+/// Ctrl-C ends a simulation at once, as ever, but leaves nothing behind.
+fn remove_on_ctrl_c(folder: PathBuf) {
+    tokio::spawn(async move {
+        if tokio::signal::ctrl_c().await.is_ok() {
+            drop(std::fs::remove_dir_all(folder));
+            std::process::exit(130);
+        }
+    });
 }
 
 /// Evaluate, let all clients take part, evaluate again.

@@ -1,11 +1,13 @@
-//! The owner task of a federation and the cheap handle to it. All state lives in the task; the rules are in [`round`].
+//! The owner task of a federation and the cheap handle to it. All state lives in the task; the rules are in [`round`],
+//! merging and judging in `evaluation`.
 
+mod evaluation;
 pub mod round;
 
 use crate::held_out::HeldOut;
 use crate::llm_host::LlmHandle;
 use crate::store::{SavedParticipant, SavedState, Store};
-use fednano_shared::aggregate::{self, ClientUpdate};
+use fednano_shared::aggregate;
 use fednano_shared::model::adapter::NanoAdapters;
 use fednano_shared::plain::AdapterState;
 use fednano_shared::settings::FederationSettings;
@@ -53,6 +55,7 @@ enum Command {
     Lost(ParticipantId, u64),
     Left(ParticipantId),
     Evaluated(Result<Evaluation, String>),
+    Settle(oneshot::Sender<()>),
 }
 
 /// A cheap handle to a federation.
@@ -61,6 +64,7 @@ pub struct Federation {
     commands: mpsc::Sender<Command>,
     status: watch::Receiver<Status>,
     adapter: watch::Receiver<AdapterState>,
+    failure: watch::Receiver<Option<String>>,
 }
 
 impl Federation {
@@ -116,6 +120,25 @@ impl Federation {
         done.unwrap_or_else(|_| self.status())
     }
 
+    /// Wait until the federation has failed for good (it may never); the cause.
+    pub async fn failed(&self) -> String {
+        let mut failure = self.failure.clone();
+        let cause = failure.wait_for(Option::is_some).await.ok().and_then(|cause| cause.clone());
+        match cause {
+            Some(cause) => cause,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Wait until no merged round is being evaluated: until then it is not on disk.
+    pub async fn settled(&self) {
+        let (reply, answer) = oneshot::channel();
+        // In line behind every update that a session has handed over.
+        if self.commands.send(Command::Settle(reply)).await.is_ok() {
+            drop(answer.await);
+        }
+    }
+
     /// The federation's adapters now.
     pub fn adapter(&self) -> AdapterState {
         self.adapter.borrow().clone()
@@ -144,6 +167,7 @@ struct Coordinator {
     updates: BTreeMap<ParticipantId, Update>,
     history: Vec<RoundResult>,
     global: AdapterState,
+    merged: Option<AdapterState>, // becomes `global` once it has been evaluated
     merged_from: Vec<ParticipantId>,
     round_started: Instant,
     clock: Instant,
@@ -153,6 +177,8 @@ struct Coordinator {
     commands: mpsc::Sender<Command>,
     shown: watch::Sender<Status>,
     shown_adapter: watch::Sender<AdapterState>,
+    failure: watch::Sender<Option<String>>,
+    settling: Vec<oneshot::Sender<()>>,
     changed: bool,
 }
 
@@ -190,7 +216,8 @@ pub fn start(
         deadline: settings.round_deadline_s * 1000,
         grace: settings.grace_s * 1000,
     };
-    let mut machine = Machine::new(limits, done);
+    let ids: Vec<_> = known.iter().map(|p| ParticipantId(p.id)).collect();
+    let mut machine = Machine::new(limits, done, &ids);
     if done == 0 && !first_evaluation {
         machine.step(0, Event::Evaluated);
     }
@@ -218,6 +245,7 @@ pub fn start(
         participants: participants.collect(),
         updates: BTreeMap::new(),
         history,
+        merged: None,
         merged_from: Vec::new(),
         round_started: Instant::now(),
         clock: Instant::now(),
@@ -236,15 +264,21 @@ pub fn start(
             min_participants: settings.min_participants,
         }),
         shown_adapter: watch::Sender::new(global.clone()),
+        failure: watch::Sender::new(None),
+        settling: Vec::new(),
         global,
         settings,
         changed: true,
     };
     coordinator.show();
-    let handle =
-        Federation { commands, status: coordinator.shown.subscribe(), adapter: coordinator.shown_adapter.subscribe() };
+    let handle = Federation {
+        commands,
+        status: coordinator.shown.subscribe(),
+        adapter: coordinator.shown_adapter.subscribe(),
+        failure: coordinator.failure.subscribe(),
+    };
     if first_evaluation {
-        coordinator.evaluate();
+        coordinator.evaluate(coordinator.global.clone());
     }
     tokio::spawn(coordinator.run(inbox));
     Ok(handle)
@@ -305,10 +339,14 @@ impl Coordinator {
                 }
             }
             Command::Evaluated(result) => self.evaluated(result),
+            Command::Settle(reply) => self.settle(reply),
         }
     }
 
     fn join(&mut self, hello: Hello) -> Result<Joined, Fault> {
+        if let Some(cause) = self.failure.borrow().as_ref() {
+            return Err(evaluation::not_judged(cause));
+        }
         let known = hello
             .resume
             .as_ref()
@@ -323,10 +361,16 @@ impl Coordinator {
                 remedy: "ask the operator to look at the server".into(),
             })?,
         };
+        if let Some(old) = self.participants.get_mut(&id).and_then(|p| p.outbox.take()) {
+            // Told nothing, the older tab would come back and throw the newer one out, without end. Where it does not
+            // listen any more, nothing needs to be said.
+            drop(old.try_send(ServerMessage::Refused(taken_over())));
+        }
         let (sender, outbox) = mpsc::channel(OUTBOX);
         let connection = self.participants.get(&id).map_or(0, |p| p.connection) + 1;
         let mut traffic = self.participants.get(&id).map(|p| p.traffic).unwrap_or_default();
-        traffic.edge_down += hello.edge_bytes;
+        // The same download is announced again by a program that comes back.
+        traffic.edge_down = traffic.edge_down.max(hello.edge_bytes);
         self.participants.insert(
             id,
             Participant {
@@ -349,9 +393,11 @@ impl Coordinator {
         Ok(Joined { id, token, settings: self.settings.clone(), status: self.status(), outbox, connection })
     }
 
-    fn update(&mut self, from: ParticipantId, update: Update) {
+    fn update(&mut self, from: ParticipantId, mut update: Update) {
         let round = update.round;
-        let candidate = client_update(from, &update);
+        // Nobody raises its weight above the samples it announced.
+        update.samples = update.samples.min(self.participants.get(&from).map_or(0, |p| p.samples));
+        let candidate = evaluation::client_update(from, &update);
         if let Err(cause) = aggregate::validate(self.settings.strategy, &self.global, &candidate) {
             let fault = Fault {
                 code: FaultCode::Invalid,
@@ -364,13 +410,27 @@ impl Coordinator {
             self.event(Event::Left(from));
             return;
         }
-        self.updates.insert(from, update);
-        self.event(Event::Updated { from, round });
+        let actions = self.step(Event::Updated { from, round });
+        // Only what counts is kept, so that a refused update cannot take the place of a counted one; and it is kept before
+        // the merge that it may complete.
+        if actions.contains(&Action::Accept { from, round }) {
+            self.updates.insert(from, update);
+        }
+        self.carry_out(actions);
     }
 
     fn event(&mut self, event: Event) {
+        let actions = self.step(event);
+        self.carry_out(actions);
+    }
+
+    fn step(&mut self, event: Event) -> Vec<Action> {
         let now = self.clock.elapsed().as_millis() as u64;
-        for action in self.machine.step(now, event) {
+        self.machine.step(now, event)
+    }
+
+    fn carry_out(&mut self, actions: Vec<Action>) {
+        for action in actions {
             self.changed = true;
             self.act(action);
         }
@@ -399,9 +459,6 @@ impl Coordinator {
                     ),
                     remedy: "wait for the next round; nothing needs to be done".into(),
                 };
-                if !self.machine.updated(from) {
-                    self.updates.remove(&from);
-                }
                 self.tell(from, ServerMessage::UpdateRefused { round, fault });
             }
             Action::Merge { round, from } => self.merge(round, &from),
@@ -421,52 +478,6 @@ impl Coordinator {
             }
             Action::TellFinished(id) => self.tell(id, ServerMessage::Finished { adapter: self.global.clone() }),
         }
-    }
-
-    fn merge(&mut self, round: u32, from: &[ParticipantId]) {
-        let updates: Vec<ClientUpdate> =
-            from.iter().filter_map(|id| self.updates.get(id).map(|u| client_update(*id, u))).collect();
-        self.merged_from = from.to_vec();
-        match aggregate::merge(self.settings.strategy, &self.global, updates) {
-            Ok(merged) => self.global = merged,
-            // Each update was validated on arrival; should it fail all the same, the old adapters stay.
-            Err(e) => tracing::error!(federation = self.name, round, "the round is not merged: {e}"),
-        }
-        self.evaluate();
-    }
-
-    /// Judge the present adapters; the result comes back as a command.
-    fn evaluate(&self) {
-        let (held_out, llm, commands) = (self.held_out.clone(), self.llm.clone(), self.commands.clone());
-        let adapter = self.global.clone();
-        tokio::task::spawn_blocking(move || {
-            let result = held_out.evaluate(Some(&adapter), &held_out.rows, &llm);
-            drop(commands.blocking_send(Command::Evaluated(result)));
-        });
-    }
-
-    fn evaluated(&mut self, result: Result<Evaluation, String>) {
-        let held_out = result.unwrap_or_else(|cause| {
-            tracing::error!(federation = self.name, "the evaluation failed: {cause}");
-            Evaluation::default()
-        });
-        let losses: Vec<f32> = self.merged_from.iter().filter_map(|id| self.updates.get(id)).map(|u| u.loss).collect();
-        let training_loss = (!losses.is_empty()).then(|| losses.iter().sum::<f32>() / losses.len() as f32);
-        let round = self.machine.round();
-        let seconds = if round == 0 { 0.0 } else { self.round_started.elapsed().as_secs_f64() };
-        self.history.push(RoundResult {
-            round,
-            held_out,
-            participants: self.merged_from.clone(),
-            training_loss,
-            seconds,
-        });
-        tracing::info!(federation = self.name, round, accuracy = held_out.accuracy, "evaluated");
-        self.updates.clear();
-        self.save();
-        self.shown_adapter.send_replace(self.global.clone());
-        self.event(Event::Evaluated);
-        self.show();
     }
 
     fn save(&self) {
@@ -536,8 +547,12 @@ impl Coordinator {
     }
 }
 
-fn client_update(client: ParticipantId, update: &Update) -> ClientUpdate {
-    ClientUpdate { client, adapter: update.adapter.clone(), fisher: update.fisher.clone(), samples: update.samples }
+fn taken_over() -> Fault {
+    Fault {
+        code: FaultCode::OutOfOrder,
+        cause: "another tab or program goes on with this participation".into(),
+        remedy: "use that one, or open the invite link in a new tab".into(),
+    }
 }
 
 fn add(sum: &mut Traffic, t: &Traffic) {

@@ -80,7 +80,7 @@ pub struct Limits {
     pub min_participants: usize,
     /// A round ends after this.
     pub deadline: Millis,
-    /// A lost participant is waited for this long.
+    /// A lost participant is waited for this long; after a restart, every known one.
     pub grace: Millis,
 }
 
@@ -88,6 +88,7 @@ pub struct Limits {
 struct Member {
     connected: bool,
     lost_at: Option<Millis>,
+    expected: bool, // known from before a restart and not back yet
     assigned: bool,
     updated: bool,
 }
@@ -104,14 +105,17 @@ pub struct Machine {
 
 impl Machine {
     /// A federation of which `done` rounds are merged. With none done the untouched model is to be evaluated first
-    /// (phase `Evaluating`), then [`Event::Evaluated`] is expected.
-    pub fn new(limits: Limits, done: u32) -> Self {
+    /// (phase `Evaluating`), then [`Event::Evaluated`] is expected. The `known` participants of an earlier run count as lost
+    /// at time 0: the first round waits for them until they are back or their grace is over.
+    pub fn new(limits: Limits, done: u32, known: &[ParticipantId]) -> Self {
         let phase = match done {
             0 => Phase::Evaluating,
             d if d >= limits.rounds => Phase::Finished,
             _ => Phase::Lobby,
         };
-        Self { limits, phase, round: done, members: BTreeMap::new(), started_at: 0 }
+        let away = Member { lost_at: Some(0), expected: true, ..Member::default() };
+        let members = known.iter().map(|id| (*id, away.clone())).collect();
+        Self { limits, phase, round: done, members, started_at: 0 }
     }
 
     /// Phase.
@@ -142,6 +146,7 @@ impl Machine {
                 let member = self.members.entry(id).or_default();
                 member.connected = true;
                 member.lost_at = None;
+                member.expected = false;
                 if self.phase == Phase::Finished {
                     actions.push(Action::TellFinished(id));
                 } else if self.phase == Phase::Training && !member.updated {
@@ -154,7 +159,8 @@ impl Machine {
                 }
             }
             Event::Lost(id) => {
-                if let Some(member) = self.members.get_mut(&id) {
+                // One that is away already is not lost anew: its grace would never end.
+                if let Some(member) = self.members.get_mut(&id).filter(|m| m.connected) {
                     member.connected = false;
                     member.lost_at = Some(now);
                 }
@@ -163,6 +169,7 @@ impl Machine {
                 if let Some(member) = self.members.get_mut(&id) {
                     member.connected = false;
                     member.lost_at = None;
+                    member.expected = false;
                     // An update that is in counts; otherwise the round no longer waits for it.
                     member.assigned &= member.updated;
                 }
@@ -194,11 +201,10 @@ impl Machine {
 
     /// Start and end rounds where their conditions hold.
     fn settle(&mut self, now: Millis, actions: &mut Vec<Action>) {
+        let grace = self.limits.grace;
+        let in_grace = |m: &Member| m.lost_at.is_some_and(|t| now.saturating_sub(t) < grace);
         if self.phase == Phase::Training {
-            let grace = self.limits.grace;
-            let waited_for = |m: &Member| {
-                m.assigned && !m.updated && (m.connected || m.lost_at.is_some_and(|t| now.saturating_sub(t) < grace))
-            };
+            let waited_for = |m: &Member| m.assigned && !m.updated && (m.connected || in_grace(m));
             let late = now.saturating_sub(self.started_at) >= self.limits.deadline;
             if late || !self.members.values().any(waited_for) {
                 let from: Vec<_> = self.members.iter().filter(|(_, m)| m.updated).map(|(id, _)| *id).collect();
@@ -214,13 +220,16 @@ impl Machine {
         }
         let connected: Vec<_> = self.members.iter().filter(|(_, m)| m.connected).map(|(id, _)| *id).collect();
         let needed = if self.round == 0 { self.limits.min_participants } else { 1 };
-        if self.phase == Phase::Lobby && connected.len() >= needed.max(1) {
+        // Whoever is back first after a restart must not train and merge alone.
+        let expected = self.members.values().any(|m| m.expected && in_grace(m));
+        if self.phase == Phase::Lobby && connected.len() >= needed.max(1) && !expected {
             self.round += 1;
             self.phase = Phase::Training;
             self.started_at = now;
             for member in self.members.values_mut() {
                 member.assigned = member.connected;
                 member.updated = false;
+                member.expected = false;
             }
             actions.push(Action::Start { round: self.round, to: connected });
         }
@@ -236,8 +245,10 @@ mod tests {
     const A: ParticipantId = ParticipantId(1);
     const B: ParticipantId = ParticipantId(2);
 
+    const LIMITS: Limits = Limits { rounds: 2, min_participants: 2, deadline: 1000, grace: 100 };
+
     fn machine() -> Machine {
-        let mut m = Machine::new(Limits { rounds: 2, min_participants: 2, deadline: 1000, grace: 100 }, 0);
+        let mut m = Machine::new(LIMITS, 0, &[]);
         assert!(m.step(0, Evaluated).is_empty());
         m
     }
@@ -332,9 +343,43 @@ mod tests {
 
     #[test]
     fn a_restart_goes_on_after_the_last_merged_round() {
-        let limits = Limits { rounds: 2, min_participants: 2, deadline: 1000, grace: 100 };
-        let mut m = Machine::new(limits, 1);
+        let mut m = Machine::new(LIMITS, 1, &[A]);
         assert_eq!(m.step(0, Connected(A)), [Start { round: 2, to: vec![A] }]);
-        assert_eq!(Machine::new(limits, 2).phase(), Phase::Finished);
+        assert_eq!(Machine::new(LIMITS, 2, &[A, B]).phase(), Phase::Finished);
+    }
+
+    #[test]
+    fn after_a_restart_those_known_are_waited_for() {
+        let mut m = Machine::new(LIMITS, 1, &[A, B]);
+        assert!(m.step(5, Connected(A)).is_empty());
+        assert!(m.step(99, Tick).is_empty());
+        assert_eq!(m.step(99, Connected(B)), [Start { round: 2, to: vec![A, B] }]);
+        // Also before the first round, whatever its least number.
+        let mut m = Machine::new(Limits { min_participants: 1, ..LIMITS }, 0, &[A, B]);
+        m.step(0, Evaluated);
+        assert!(m.step(5, Connected(A)).is_empty());
+        assert_eq!(m.step(6, Connected(B)), [Start { round: 1, to: vec![A, B] }]);
+    }
+
+    #[test]
+    fn after_a_restart_the_wait_ends_with_the_grace_or_a_goodbye() {
+        let mut m = Machine::new(LIMITS, 1, &[A, B]);
+        assert!(m.step(5, Connected(A)).is_empty());
+        assert!(m.step(50, Lost(B)).is_empty()); // it is away already
+        assert_eq!(m.step(100, Tick), [Start { round: 2, to: vec![A] }]);
+        // Late, but nobody has finished: it joins in.
+        assert_eq!(m.step(101, Connected(B)), [Start { round: 2, to: vec![B] }]);
+        let mut m = Machine::new(LIMITS, 1, &[A, B]);
+        assert!(m.step(5, Connected(A)).is_empty());
+        assert_eq!(m.step(6, Left(B)), [Start { round: 2, to: vec![A] }]);
+    }
+
+    #[test]
+    fn somebody_lost_later_does_not_hold_up_the_next_round() {
+        let mut m = in_round_one();
+        m.step(1, Updated { from: A, round: 1 });
+        m.step(1, Updated { from: B, round: 1 });
+        m.step(2, Lost(B));
+        assert_eq!(m.step(3, Evaluated), [Start { round: 2, to: vec![A] }]);
     }
 }

@@ -2,8 +2,9 @@
 //! diagonal empirical Fisher (arXiv 2506.14824; Matena and Raffel 2022, arXiv 2111.09832).
 //!
 //! F_k is floored at `floor` times its tensor's mean, so that a value nobody learned about is averaged plainly instead of
-//! divided by nearly 0, and capped at `cap` times the median of the participants' values there (with three or more), so
-//! that no single one owns an element.
+//! divided by nearly 0, and capped at `cap` times the lower median of the participants' values there (of two, the smaller),
+//! so that no single one owns an element. Honest values hardly feel it: of two participants, the default cap of 100 concerns
+//! one that has over 99 % of an element's Fisher, and leaves it 99 %.
 
 use super::{AggregateError, Aggregator, ClientUpdate, weighted_mean};
 use crate::plain::AdapterState;
@@ -12,7 +13,7 @@ use crate::plain::AdapterState;
 pub struct FisherMerge {
     /// Least value, as a share of the tensor's mean.
     pub floor: f64,
-    /// Largest value, as a multiple of the participants' median.
+    /// Largest value, as a multiple of the participants' lower median.
     pub cap: f64,
 }
 
@@ -44,13 +45,11 @@ impl Aggregator for FisherMerge {
             value.max(self.floor * means[k].get(tensor).copied().unwrap_or(0.0)).max(TINY)
         };
         Ok(weighted_mean(global, updates, |k, name, i| {
-            let mut value = floored(k, name, i);
-            if updates.len() >= 3 {
-                let mut all: Vec<f64> = (0..updates.len()).map(|k| floored(k, name, i)).collect();
-                all.sort_by(f64::total_cmp);
-                value = value.min(self.cap * all[all.len() / 2]);
-            }
-            f64::from(updates[k].samples) * value
+            let mut all: Vec<f64> = (0..updates.len()).map(|k| floored(k, name, i)).collect();
+            all.sort_by(f64::total_cmp);
+            // The lower median: of two, the upper one is the larger value itself. A single one is its own median.
+            let median = all[(all.len() - 1) / 2];
+            f64::from(updates[k].samples) * floored(k, name, i).min(self.cap * median)
         }))
     }
 }
@@ -102,5 +101,29 @@ mod tests {
             [update(1, 1, [0.0; 4], [1.0; 4]), update(2, 1, [0.0; 4], [1.0; 4]), update(3, 1, [102.0; 4], [1e30; 4])];
         let merged = FisherMerge::default().aggregate(&scalars([0.0; 4]), &updates).unwrap();
         assert!(merged.0.values().all(|b| (b.data[0] - 100.0).abs() < 1e-3)); // weight 100 of 102
+        // Of two: 1e30 counts as 100 * 1, so (1*1*0 + 1*100*101) / (1 + 100) = 100.
+        let updates = [update(1, 1, [0.0; 4], [1.0; 4]), update(2, 1, [101.0; 4], [1e30; 4])];
+        let merged = FisherMerge::default().aggregate(&scalars([0.0; 4]), &updates).unwrap();
+        assert_eq!(merged, scalars([100.0; 4]));
+        // Of four: the lower median of 1, 1, 1e30, 1e30 is 1, so (2*100*101) / (2*1 + 2*100) = 100.
+        let four = [(1, 0.0, 1.0), (2, 0.0, 1.0), (3, 101.0, 1e30), (4, 101.0, 1e30)];
+        let updates = four.map(|(client, value, fisher)| update(client, 1, [value; 4], [fisher; 4]));
+        let merged = FisherMerge::default().aggregate(&scalars([0.0; 4]), &updates).unwrap();
+        assert_eq!(merged, scalars([100.0; 4]));
+    }
+
+    #[test]
+    fn two_honest_participants_are_not_distorted() {
+        // Fisher 63 times apart is below the cap: (1*1*0 + 1*63*64) / (1 + 63) = 63, exactly.
+        let updates = [update(1, 1, [0.0; 4], [1.0; 4]), update(2, 1, [64.0; 4], [63.0; 4])];
+        let merged = FisherMerge::default().aggregate(&scalars([0.0; 4]), &updates).unwrap();
+        assert_eq!(merged, scalars([63.0; 4]));
+    }
+
+    #[test]
+    fn a_single_update_is_taken_as_it_is() {
+        let updates = [update(1, 3, [0.5, -2.0, 4.0, 8.0], [0.0, 2.0, 1e-3, 1e30])];
+        let merged = FisherMerge::default().aggregate(&scalars([0.0; 4]), &updates).unwrap();
+        assert_eq!(merged, scalars([0.5, -2.0, 4.0, 8.0]));
     }
 }
