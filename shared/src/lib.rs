@@ -7,6 +7,7 @@
 //! | `wire` | the whole protocol |
 //! | `client` | a participant's round loop, generic over transport and clock |
 //! | `ask` | questions to the model, without taking part in rounds |
+//! | `generate` | decoding token by token, with a cache on the server |
 //! | `aggregate` | merging: one validation, one file for each strategy |
 //! | `settings` | what the participants of a federation agree on |
 //! | `probe` | one fixed step with all its results, to compare devices and places |
@@ -21,6 +22,7 @@ pub mod client;
 pub mod config;
 pub mod data;
 pub mod edge;
+pub mod generate;
 pub mod model;
 pub mod plain;
 pub mod probe;

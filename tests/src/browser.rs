@@ -11,17 +11,19 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 /// Software WebGPU compiles its shaders slowly, and machines are shared.
-const LIMIT: Duration = Duration::from_secs(540);
+pub(crate) const LIMIT: Duration = Duration::from_secs(540);
 
 /// ChromeDriver with one session; both end when dropped.
-struct Browser {
+pub(crate) struct Browser {
     driver: Child,
-    client: Client,
+    /// ChromeDriver's, for commands that fantoccini lacks.
+    pub(crate) port: u16,
+    pub(crate) client: Client,
     _profile: tempfile::TempDir,
 }
 
 impl Browser {
-    async fn open(extra: &[&str]) -> anyhow::Result<Self> {
+    pub(crate) async fn open(extra: &[&str]) -> anyhow::Result<Self> {
         let free = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let program = on_path("chromedriver").context("no chromedriver")?;
         let driver =
@@ -57,15 +59,15 @@ impl Browser {
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         };
-        Ok(Self { driver, client, _profile: profile })
+        Ok(Self { driver, port: free, client, _profile: profile })
     }
 
-    async fn script(&self, code: &str) -> anyhow::Result<serde_json::Value> {
+    pub(crate) async fn script(&self, code: &str) -> anyhow::Result<serde_json::Value> {
         Ok(self.client.execute(code, Vec::new()).await?)
     }
 
     /// Wait until a script yields a true value.
-    async fn wait(&self, what: &str, code: &str) -> anyhow::Result<serde_json::Value> {
+    pub(crate) async fn wait(&self, what: &str, code: &str) -> anyhow::Result<serde_json::Value> {
         let started = std::time::Instant::now();
         loop {
             let value = self.script(code).await?;
@@ -81,7 +83,7 @@ impl Browser {
         }
     }
 
-    async fn close(mut self) -> anyhow::Result<()> {
+    pub(crate) async fn close(mut self) -> anyhow::Result<()> {
         self.client.clone().close().await?;
         self.driver.kill()?;
         self.driver.wait()?;

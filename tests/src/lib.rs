@@ -5,6 +5,7 @@ use burn::tensor::Device;
 use fednano_server::app::{App, HeldOutSource, ServerSettings};
 use fednano_server::native::SocketConnector;
 use fednano_shared::ask::Asking;
+use fednano_shared::bundle::EdgeDtype;
 use fednano_shared::client::{ClientEvent, Connector, Observer, Outcome, Participant, participate};
 use fednano_shared::data::dataset::Dataset;
 use fednano_shared::edge::{FeatureCache, NanoEdge};
@@ -163,6 +164,7 @@ impl Server {
             model: nano_llava(),
             www: repository().join("www"),
             data_dir: data_dir.to_owned(),
+            edge_dtype: EdgeDtype::F16,
             federations: BTreeMap::from([("test".to_owned(), settings)]),
             held_out: HeldOutSource::Demo(0),
             evaluation_limit: 90,

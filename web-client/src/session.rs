@@ -6,13 +6,14 @@ use crate::socket::{Leave, Socket, Sockets, TabClock};
 use crate::{events, gpu};
 use burn::tensor::Device;
 use fednano_shared::ask::{self, Asking};
+use fednano_shared::bundle::Manifest;
+use fednano_shared::bundle::assemble::BundleLoader;
 use fednano_shared::client::{self, ClientEvent, Connector, Observer, Outcome, Participant};
 use fednano_shared::data::dataset::Dataset;
 use fednano_shared::data::picture::Picture;
 use fednano_shared::data::scene::DemoTheme;
 use fednano_shared::edge::{FeatureCache, NanoEdge};
 use fednano_shared::model::adapter::NanoAdapters;
-use fednano_shared::model::files::ModelFiles;
 use fednano_shared::plain::AdapterState;
 use fednano_shared::probe;
 use fednano_shared::wire::{ClientKind, Hello, Purpose, SessionToken};
@@ -29,6 +30,32 @@ pub type Failure = Box<dyn std::error::Error>;
 const MAX_TRIES: u32 = 200;
 /// Longest answer.
 const MAX_ANSWER_TOKENS: usize = 24;
+
+/// A tab whose model comes piece by piece.
+pub struct Loading {
+    device: Device,
+    bundle: BundleLoader,
+}
+
+impl Loading {
+    /// Open the device, read the manifest and its small files.
+    pub async fn open(manifest: &str, files: &BTreeMap<String, Vec<u8>>, device: &str) -> Result<Self, Failure> {
+        let manifest = Manifest::from_json(manifest.as_bytes())?;
+        let device = gpu::open(device).await?;
+        let bundle = BundleLoader::open(manifest, files, &device)?;
+        Ok(Self { device, bundle })
+    }
+
+    /// Load the next piece.
+    pub fn add(&mut self, piece: &[u8]) -> Result<(), Failure> {
+        Ok(self.bundle.add(piece)?)
+    }
+
+    /// All pieces are in.
+    pub fn finish(self) -> Result<Session, Failure> {
+        Ok(Session::new(self.bundle.finish()?, self.device))
+    }
+}
 
 /// One participant's tab.
 pub struct Session {
@@ -62,11 +89,8 @@ struct JoinOptions {
 }
 
 impl Session {
-    /// Open the device and load the model's edge part.
-    pub async fn create(files: BTreeMap<String, Vec<u8>>, device: &str) -> Result<Self, Failure> {
-        let device = gpu::open(device).await?;
-        let edge = NanoEdge::load(&ModelFiles::from_bytes(files)?, &device)?;
-        Ok(Self {
+    fn new(edge: NanoEdge, device: Device) -> Self {
+        Self {
             device,
             edge,
             own: RefCell::default(),
@@ -75,7 +99,7 @@ impl Session {
             latest: RefCell::default(),
             joined: Cell::new(false),
             leave: RefCell::default(),
-        })
+        }
     }
 
     /// GFLOP/s.
