@@ -183,7 +183,7 @@ struct Session {
     outbox: Option<mpsc::Receiver<ServerMessage>>,
     round: u32, // of the last Round message sent
     in_flight: InFlight,
-    traffic: Traffic, // not yet reported
+    traffic: Traffic,  // not yet reported
     text: Option<u64>, // key of the text that this connection generates
 }
 

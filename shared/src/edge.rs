@@ -169,6 +169,13 @@ impl NanoEdge {
         Batch { x, image_mask, lengths, targets }
     }
 
+    /// `x` of one generated token.
+    pub fn assemble_token(&self, token: u32) -> Batch {
+        let mut x = TensorBlob::zeros(&[1, 1, self.config.text.hidden]);
+        self.token_table.row_into(token as usize, &mut x.data);
+        Batch { x, image_mask: TensorBlob::zeros(&[1, 1, 1]), lengths: vec![1], targets: Vec::new() }
+    }
+
     /// Rows of the token table: how many ids can be embedded.
     pub fn vocabulary(&self) -> usize {
         self.token_table.rows()

@@ -227,15 +227,14 @@ pub struct AnswerOptions {
 }
 
 /// Answer a prompt. `on_text` hears the text so far after each token and stops the answer by returning false.
-/// `features`: `P * D` values of the picture; the text adapter covers the generated tokens too.
+/// With the prompt go the picture's features, `P * D` values; the text adapter covers the generated tokens too.
 ///
 /// # Errors
 /// [`StepError`].
 pub async fn answer<S: TokenSource>(
     edge: &NanoEdge,
     adapters: Option<&NanoAdapters>,
-    prompt: &Encoded,
-    features: &[f32],
+    (prompt, features): (&Encoded, &[f32]),
     options: AnswerOptions,
     source: &mut S,
     device: &Device,

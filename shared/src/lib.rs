@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `step` | the training step, client's and server's half, in order of execution: start here |
 //! | `edge` | NanoEdge: the frozen part that a client holds |
+//! | `bundle` | the client's half of a model as pieces known by their hash: f16, 8 or 4 bits |
 //! | `wire` | the whole protocol |
 //! | `client` | a participant's round loop, generic over transport and clock |
 //! | `ask` | questions to the model, without taking part in rounds |
@@ -18,6 +19,7 @@
 
 pub mod aggregate;
 pub mod ask;
+pub mod bundle;
 pub mod client;
 pub mod config;
 pub mod data;

@@ -2,8 +2,11 @@
 
 use crate::browser::{Browser, LIMIT};
 use anyhow::Context;
+use fednano_server::presets;
+use fednano_server::random_model::{self, Options, Storage};
 use fednano_shared::settings::FederationSettings;
 use fednano_tests::{Server, block};
+use indicatif::ProgressBar;
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -39,8 +42,18 @@ pub fn second_visit() -> anyhow::Result<()> {
     })
 }
 
+/// With a bundle of about 200 MB, of random weights.
+pub fn interrupted_large() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let model = folder.path().join("llava-160m");
+    let config = presets::find("llava-160m").context("no such preset")?;
+    let options = Options { seed: 1, storage: Storage::F16, shard_bytes: 1 << 30 };
+    random_model::write(&config, &options, &model, &ProgressBar::hidden())?;
+    interrupted(&model)
+}
+
 /// Broken connections are taken up again in the same visit, and what a visit that ends in mid-download has got is kept.
-pub fn interrupted(model: &Path) -> anyhow::Result<()> {
+fn interrupted(model: &Path) -> anyhow::Result<()> {
     block(LIMIT, async {
         let folder = tempfile::tempdir()?;
         let server = Server::start_model(model, FederationSettings::default(), folder.path()).await?;

@@ -358,10 +358,13 @@ pub fn damaged_and_cut() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What a hostile server does to a manifest.
+type Damage = fn(&mut Manifest);
+
 pub fn hostile_manifests() -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
     let (bundle, _) = prepared(EdgeDtype::F16, folder.path())?;
-    let cases: [(&str, fn(&mut Manifest)); 7] = [
+    let cases: [(&str, Damage); 7] = [
         ("bytes", |m| m.pieces[0].bytes = 1 << 60),
         ("plain name", |m| m.files[0].name = "../../escaped.json".into()),
         ("SHA-256", |m| m.pieces[0].sha256 = "../escaped".into()),

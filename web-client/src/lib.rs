@@ -151,19 +151,21 @@ pub mod tab {
             self.session.leave();
         }
 
-        /// Ask about an own picture, with and without adapters.
+        /// Ask about an own picture, with and without adapters; `on_text(which, text)` hears the answers grow and stops one by
+        /// returning false.
         pub async fn ask(
             &self,
             url: String,
             federation: String,
             picture: usize,
             question: String,
+            on_text: js_sys::Function,
         ) -> Result<String, JsValue> {
             let picture = self.session.picture(picture).map_err(to_js)?;
-            self.session.ask(url, federation, &picture, &question).await.map_err(to_js)
+            self.session.ask(url, federation, &picture, &question, teller(on_text)).await.map_err(to_js)
         }
 
-        /// Ask about any picture, with and without adapters.
+        /// Ask about any picture, as [`Tab::ask`].
         #[wasm_bindgen(js_name = askPicture)]
         pub async fn ask_picture(
             &self,
@@ -173,14 +175,26 @@ pub mod tab {
             height: usize,
             rgba: Vec<u8>,
             question: String,
+            on_text: js_sys::Function,
         ) -> Result<String, JsValue> {
             let picture = import::from_rgba(width, height, &rgba).map_err(to_js)?;
-            self.session.ask(url, federation, &picture, &question).await.map_err(to_js)
+            self.session.ask(url, federation, &picture, &question, teller(on_text)).await.map_err(to_js)
         }
 
         /// The probe's results as JSON.
         pub async fn probe(&self, url: String, federation: String) -> Result<String, JsValue> {
             self.session.probe(url, federation).await.map_err(to_js)
+        }
+    }
+
+    /// Hands each state of an answer to `on_text(which, text)`; false stops the answer.
+    fn teller(on_text: js_sys::Function) -> impl Fn(&str, &str) -> bool {
+        move |which, text| match on_text.call2(&JsValue::NULL, &JsValue::from_str(which), &JsValue::from_str(text)) {
+            Ok(goes_on) => goes_on.as_bool() != Some(false),
+            Err(e) => {
+                web_sys::console::error_1(&e);
+                true
+            }
         }
     }
 

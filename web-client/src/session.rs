@@ -5,7 +5,7 @@ use crate::import::{self, Pictures};
 use crate::socket::{Leave, Socket, Sockets, TabClock};
 use crate::{events, gpu};
 use burn::tensor::Device;
-use fednano_shared::ask::{self, Asking};
+use fednano_shared::ask::Asking;
 use fednano_shared::bundle::Manifest;
 use fednano_shared::bundle::assemble::BundleLoader;
 use fednano_shared::client::{self, ClientEvent, Connector, Observer, Outcome, Participant};
@@ -13,6 +13,7 @@ use fednano_shared::data::dataset::Dataset;
 use fednano_shared::data::picture::Picture;
 use fednano_shared::data::scene::DemoTheme;
 use fednano_shared::edge::{FeatureCache, NanoEdge};
+use fednano_shared::generate::{self, AnswerOptions, Sampling};
 use fednano_shared::model::adapter::NanoAdapters;
 use fednano_shared::plain::AdapterState;
 use fednano_shared::probe;
@@ -29,7 +30,7 @@ pub type Failure = Box<dyn std::error::Error>;
 /// Tries in a row to reach the server, at most 10 s apart: a tab waits about half an hour for a server that went away.
 const MAX_TRIES: u32 = 200;
 /// Longest answer.
-const MAX_ANSWER_TOKENS: usize = 24;
+const MAX_ANSWER_TOKENS: usize = 64;
 
 /// A tab whose model comes piece by piece.
 pub struct Loading {
@@ -229,6 +230,7 @@ impl Session {
         federation: String,
         picture: &Picture,
         question: &str,
+        on_text: impl Fn(&str, &str) -> bool,
     ) -> Result<String, Failure> {
         let question = question.trim();
         let mark = if question.ends_with('?') { "" } else { "?" };
@@ -236,19 +238,18 @@ impl Session {
         let features = self.edge.image_features(&[picture]).await?.concat();
         let mut boundary = connect(url, federation).await?;
         let latest = self.latest.borrow().clone();
-        let before =
-            ask::answer(&self.edge, None, &prompt, &features, MAX_ANSWER_TOKENS, &mut boundary, &self.device).await?;
-        let after = match &latest {
-            None => None,
-            Some(latest) => {
-                let adapters = NanoAdapters::from_state(&latest.adapter, &self.device.clone().autodiff());
-                let tuned = Some(&adapters);
-                Some(
-                    ask::answer(&self.edge, tuned, &prompt, &features, MAX_ANSWER_TOKENS, &mut boundary, &self.device)
-                        .await?,
-                )
-            }
+        let options = AnswerOptions { max_tokens: MAX_ANSWER_TOKENS, sampling: Sampling::GREEDY };
+        let tuned = latest.as_ref().map(|l| NanoAdapters::from_state(&l.adapter, &self.device.clone().autodiff()));
+        let answer = async |which: &'static str, adapters: Option<&NanoAdapters>, boundary: &mut Asking<Socket>| {
+            let tell = |text: &str| on_text(which, text);
+            generate::answer(&self.edge, adapters, (&prompt, &features), options, boundary, &self.device, tell).await
         };
+        let before = answer("before", None, &mut boundary).await?;
+        let after = match &tuned {
+            None => None,
+            Some(adapters) => Some(answer("after", Some(adapters), &mut boundary).await?),
+        };
+        boundary.stop().await;
         let origin = latest.as_ref().map(|l| l.origin.as_str());
         Ok(json!({ "before": before, "after": after, "adapters": origin }).to_string())
     }

@@ -104,7 +104,7 @@ async fn say<S: TokenSource>(
     let adapters = args.adapter.as_deref().map(|path| open_adapter(path, edge, device)).transpose()?;
     let options = AnswerOptions { max_tokens: args.max_tokens, sampling };
     let mut shown = 0;
-    let text = answer(edge, adapters.as_ref(), &prompt, &features, options, source, device, |text| {
+    let text = answer(edge, adapters.as_ref(), (&prompt, &features), options, source, device, |text| {
         // A token may end in mid-character; what is shown must only grow.
         if let Some(new) = text.get(shown..).filter(|_| !text.ends_with('\u{fffd}')) {
             print!("{new}");

@@ -90,8 +90,12 @@ impl TextCodec {
         let processor = json(processor_config, "processor_config.json")?;
         // One id, or a list of which the first ends answers that are learned from.
         let listed = &generation["eos_token_id"];
-        let mut stops: Vec<u32> =
-            listed.as_array().unwrap_or(&vec![listed.clone()]).iter().filter_map(|n| Some(n.as_u64()? as u32)).collect();
+        let mut stops: Vec<u32> = listed
+            .as_array()
+            .unwrap_or(&vec![listed.clone()])
+            .iter()
+            .filter_map(|n| Some(n.as_u64()? as u32))
+            .collect();
         if stops.is_empty() {
             stops.extend(tokenizer.token_to_id("</s>"));
         }

@@ -248,12 +248,7 @@ impl Llama {
 }
 
 impl DecoderLayer {
-    fn forward(
-        &self,
-        h: Tensor<3>,
-        layout: &AttentionLayout,
-        kept: &mut Option<&mut Option<KeysValues>>,
-    ) -> Tensor<3> {
+    fn forward(&self, h: Tensor<3>, layout: &AttentionLayout, kept: &mut Option<&mut Option<KeysValues>>) -> Tensor<3> {
         let h = h.clone() + self.self_attn.forward(self.input_layernorm.forward(h), layout, kept);
         h.clone() + self.mlp.forward(self.post_attention_layernorm.forward(h))
     }
@@ -261,12 +256,7 @@ impl DecoderLayer {
 
 impl Attention {
     /// `kept`: keys and values of earlier positions; the new ones are added.
-    fn forward(
-        &self,
-        x: Tensor<3>,
-        layout: &AttentionLayout,
-        kept: &mut Option<&mut Option<KeysValues>>,
-    ) -> Tensor<3> {
+    fn forward(&self, x: Tensor<3>, layout: &AttentionLayout, kept: &mut Option<&mut Option<KeysValues>>) -> Tensor<3> {
         let q = rotate(split_heads(self.q_proj.forward(x.clone()), self.heads), layout);
         let k = rotate(split_heads(self.k_proj.forward(x.clone()), self.kv_heads), layout);
         let v = split_heads(self.v_proj.forward(x), self.kv_heads);
