@@ -1,15 +1,17 @@
 // The page's flow: federation, device, data, participation. `body[data-state]` and `window.fednano` tell tests where it stands.
-import { $, bytes, clearError, make, note, params, setProgress, setState, showError, socketUrl } from './page.js';
+import { $, clearError, make, note, params, setProgress, setState, showError, socketUrl } from './page.js';
 import { chooseDevice, deviceText, speedWords } from './device.js';
 import { AskView } from './ask.js';
 import { DataStep } from './data.js';
 import { Live } from './live.js';
+import { ModelStep } from './model.js';
 import { WorkerTab } from './tab.js';
 import { answerTwins, heldByTwin } from './twin.js';
 
 const POLL = 3000;
 const live = new Live();
 const tab = new WorkerTab(hearWorker);
+const model = new ModelStep(tab);
 const page = { federation: '', joined: false, ready: false, broken: false, source: null, device: '', edgeBytes: 0, data: null, ask: null };
 
 // ------------------------------------------------------------------------------------------------ federation
@@ -65,11 +67,7 @@ async function poll() {
 async function prepareDevice() {
   const choice = await chooseDevice(params.device);
   $('device-words').textContent = `${choice.words} Loading …`;
-  const info = await tab.call('load', { device: choice.device });
-  const check = info.verified ? 'every file checked by its SHA-256' : 'not checked, because browsers offer SHA-256 only to pages from localhost or over https';
-  const network = info.fetched < info.bytes ? `, ${bytes(info.fetched)} of it over the network` : '';
-  $('download-words').textContent = `Model part for this device (${info.model}): ${bytes(info.bytes)}${network}; ${check}.`;
-  setProgress('download', 1, 1);
+  const info = await model.load(choice.device);
   page.edgeBytes = info.fetched;
   const gflops = await tab.call('speed');
   $('device-words').textContent = `${choice.words} ${speedWords(gflops, info.pictureFlops)}`;
@@ -79,16 +77,15 @@ async function prepareDevice() {
 
 function hearWorker(message) {
   const { event, done, all } = message;
-  if (event === 'download') {
-    setProgress('download', done, all);
-    $('download-words').textContent = `Model part for this device: ${bytes(done)} of ${bytes(all)} (${message.file})`;
-  } else if (event === 'opening') {
-    $('download-words').textContent = 'Model part for this device: opening';
+  if (['room', 'download', 'waiting', 'opening'].includes(event)) {
+    model.hear(message);
   } else if (event === 'encode') {
     setProgress('encode', done, all);
     $('encode-words').textContent = `Prepared pictures: ${done} of ${all}`;
   } else if (event === 'decode') {
     $('own-words').textContent = `Reading pictures: ${done} of ${all}`;
+  } else if (event === 'answer') {
+    page.ask?.hear(message);
   } else if (event === 'client') {
     hearClient(message.client);
   } else if (event === 'crash') {

@@ -1,4 +1,4 @@
-// "Ask the model": one picture, one question, the answers before and after tuning.
+// "Ask the model": one picture, one question, the answers before and after tuning, word by word.
 import { $, clearError, drawPicture, make, note, showError, socketUrl } from './page.js';
 
 const SUGGESTIONS = 4;
@@ -16,10 +16,16 @@ export class AskView {
       if (!file) return;
       this.select(null, file);
     };
+    $('ask-stop').onclick = () => this.tab.call('stopAnswer').catch(showError);
     $('ask-form').onsubmit = (e) => {
       e.preventDefault();
       this.ask();
     };
+  }
+
+  /** An answer grows. */
+  hear({ which, text }) {
+    $(`answer-${which}`).textContent = text;
   }
 
   /** Own pictures to choose from. */
@@ -66,6 +72,7 @@ export class AskView {
     }
     clearError();
     $('ask').disabled = true;
+    $('ask-stop').hidden = false;
     $('answer-before').textContent = '…';
     $('answer-after').textContent = '…';
     $('answer-origin').textContent = '';
@@ -83,6 +90,7 @@ export class AskView {
       showError(e);
     } finally {
       $('ask').disabled = false;
+      $('ask-stop').hidden = true;
     }
   }
 }

@@ -1,5 +1,7 @@
 // Small things that every part of the page uses. Text from anywhere goes in through textContent only.
 
+export { bytes } from './units.js';
+
 export const $ = (id) => document.getElementById(id);
 
 /** An element with text. */
@@ -44,18 +46,6 @@ export function clearError() {
 
 export const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
-export function bytes(n) {
-  if (n < 1000) return `${n} B`;
-  const units = ['kB', 'MB', 'GB', 'TB'];
-  let value = n;
-  let unit = -1;
-  do {
-    value /= 1000;
-    unit += 1;
-  } while (value >= 999.5 && unit < units.length - 1);
-  return `${value >= 100 ? Math.round(value) : value.toPrecision(3)} ${units[unit]}`;
-}
-
 export function setProgress(id, done, all) {
   const bar = $(id);
   bar.max = Math.max(1, all);
@@ -89,6 +79,7 @@ export const params = {
   seed: number('seed', Math.floor(Math.random() * 1e6), 0xffffffff),
   name: (query.get('name') ?? '').slice(0, 40),
   auto: query.get('auto') === '1',
+  memory: query.get('edge') === 'memory',
 };
 
 export const socketUrl = `${location.protocol === 'https:' ? 'wss' : 'ws'}://${location.host}/ws`;

@@ -1,10 +1,12 @@
-// The Web Worker: downloads the edge weights, holds the wasm `Tab`, answers commands {id, cmd, args} with {id, result | error};
+// The Web Worker: gets the edge bundle, holds the wasm `Tab`, answers commands {id, cmd, args} with {id, result | error};
 // in between it posts {event, ...}. The page never computes, so it never freezes.
-import init, { Tab } from './pkg/fednano_web.js';
-import { download, pictureFlops } from './download.js';
+import init, { EdgeLoader } from './pkg/fednano_web.js';
+import { loadBundle } from './bundle.js';
 import { decode, decodeAll } from './decode.js';
 
 let tab = null;
+/** The person had enough of the answer under way. */
+let stopped = false;
 /** What Rust wrote to the console last: the text of a panic. */
 let panic = '';
 
@@ -25,15 +27,18 @@ function look(pictures, samples) {
 }
 
 const commands = {
-  async load({ device }) {
+  async load({ device, memory }) {
     const wasm = init().catch((e) => {
       throw new Error(`the program (www/pkg) could not be loaded: ${e.message}; run 'just web' on the server and reload`);
     });
-    const [files, info] = await download((progress) => post('download', progress));
-    await wasm;
-    post('opening');
-    tab = await Tab.create(files, device);
-    return { ...info, pictureFlops: pictureFlops(files['config.json']) };
+    wasm.catch(() => {}); // reported below, unless the download fails first
+    const open = async (manifest, files) => {
+      await wasm;
+      return EdgeLoader.open(manifest, files, device);
+    };
+    const loaded = await loadBundle({ memory, open, say: post });
+    tab = loaded.tab;
+    return loaded.info;
   },
   speed: () => tab.speed(),
   preview({ theme, seed, pictures }) {
@@ -57,9 +62,18 @@ const commands = {
   },
   leave: () => tab.leave(),
   async ask({ url, federation, picture, file, question }) {
-    if (!file) return JSON.parse(await tab.ask(url, federation, picture, question));
+    stopped = false;
+    // Hears the text so far after each token; false stops the answer.
+    const onText = (which, text) => {
+      post('answer', { which, text });
+      return !stopped;
+    };
+    if (!file) return JSON.parse(await tab.ask(url, federation, picture, question, onText));
     const p = await decode(file);
-    return JSON.parse(await tab.askPicture(url, federation, p.width, p.height, p.rgba, question));
+    return JSON.parse(await tab.askPicture(url, federation, p.width, p.height, p.rgba, question, onText));
+  },
+  stopAnswer() {
+    stopped = true;
   },
   probe: ({ url, federation }) => tab.probe(url, federation),
 };

@@ -2,18 +2,19 @@
 
 use crate::coordinator::{self, Federation};
 use crate::datasets;
+use crate::edge_bundle;
 use crate::held_out::HeldOut;
-use crate::http::{self, EdgeFile, Site};
+use crate::http::{self, Site};
 use crate::llm_host::{self, LlmHandle};
 use crate::session::Shared;
 use crate::store::Store;
 use anyhow::Context;
 use burn::tensor::Device;
+use fednano_shared::bundle::EdgeDtype;
 use fednano_shared::data::dataset::Dataset;
 use fednano_shared::data::scene::DemoTheme;
-use fednano_shared::edge::NanoEdge;
-use fednano_shared::model::checkpoint::{edge_file, load_llm};
-use fednano_shared::model::files::{ModelFiles, SMALL_FILES};
+use fednano_shared::model::checkpoint::load_llm;
+use fednano_shared::model::files::ModelFiles;
 use fednano_shared::probe::shard;
 use fednano_shared::settings::FederationSettings;
 use fednano_shared::step::FrozenLlm;
@@ -44,8 +45,10 @@ pub struct ServerSettings {
     pub model: PathBuf,
     /// Folder of the page.
     pub www: PathBuf,
-    /// Results.
+    /// Results, and the prepared client half of the model.
     pub data_dir: PathBuf,
+    /// How clients get the weights of their half.
+    pub edge_dtype: EdgeDtype,
     /// Federations by name.
     pub federations: BTreeMap<String, FederationSettings>,
     /// Evaluation set.
@@ -82,12 +85,13 @@ impl App {
     pub async fn start(settings: ServerSettings, device: &Device, shutdown: CancellationToken) -> anyhow::Result<Self> {
         let files = ModelFiles::open(&settings.model)
             .with_context(|| format!("the model directory {} cannot be used", settings.model.display()))?;
-        let edge = Arc::new(NanoEdge::load(&files, device)?);
+        let bundle =
+            edge_bundle::prepare(&settings.model, &files, settings.edge_dtype, &settings.data_dir, tell_each_tenth())?;
+        // From the bundle, so that the server judges with the very features that clients compute.
+        let edge = Arc::new(bundle.edge(device)?);
         let autodiff = device.clone().autodiff();
         let llm = FrozenLlm::new(load_llm(&files.config, &files.weights, &autodiff)?, &files.config.text, &autodiff);
         let llm = llm_host::start(llm, settings.merge_requests)?;
-        let edge_files = edge_files(&settings.model, &files)?;
-        let model = edge_files["edge.safetensors"].sha256().to_owned();
         let data = match settings.held_out {
             HeldOutSource::Data(data) => data,
             HeldOutSource::Demo(seed) => demo_held_out(seed),
@@ -106,7 +110,7 @@ impl App {
             let handle = coordinator::start(
                 &name,
                 federation,
-                &model,
+                &bundle.model_hash,
                 files.config.text.hidden,
                 llm.clone(),
                 held_out.clone(),
@@ -114,9 +118,8 @@ impl App {
             )?;
             federations.insert(name, handle);
         }
-        let name = settings.model.file_name().map_or_else(|| "model".to_owned(), |n| n.to_string_lossy().into_owned());
         let shared = Shared { federations, llm, shutdown };
-        let site = Site { shared, edge: edge_files, model: name, www: settings.www, sessions: TaskTracker::new() };
+        let site = Site { shared, bundle, www: settings.www, sessions: TaskTracker::new() };
         Ok(Self { site: Arc::new(site), held_out })
     }
 
@@ -233,15 +236,16 @@ pub fn demo_held_out(seed: u64) -> Dataset {
     all
 }
 
-fn edge_files(dir: &Path, files: &ModelFiles) -> anyhow::Result<BTreeMap<String, EdgeFile>> {
-    let mut out = BTreeMap::new();
-    for name in SMALL_FILES {
-        if let Ok(bytes) = std::fs::read(dir.join(name)) {
-            out.insert(name.to_owned(), EdgeFile::new(bytes));
+/// Logs how far the preparation is: minutes, for a large model.
+fn tell_each_tenth() -> impl FnMut(u64, u64) {
+    let mut told = 0;
+    move |done: u64, all: u64| {
+        let tenths = done * 10 / all.max(1);
+        if tenths > told {
+            told = tenths;
+            tracing::info!("the model is being prepared for clients: {} %", tenths * 10);
         }
     }
-    out.insert("edge.safetensors".to_owned(), EdgeFile::new(edge_file(&files.config, &files.weights)?));
-    Ok(out)
 }
 
 /// Read a data set for evaluation.

@@ -1,55 +1,34 @@
 //! Routes: the page, edge weights, status, the WebSocket. The only file that knows axum.
 
+use crate::edge_bundle::Bundle;
 use crate::session::{self, Shared, SocketFault};
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
-use axum::extract::{Path, State};
+use axum::extract::{Path, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
+use fednano_shared::bundle::sha256_hex;
 use fednano_shared::wire;
 use futures_util::{SinkExt, StreamExt};
-use sha2::{Digest, Sha256};
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use tokio_util::task::TaskTracker;
 use tower_http::compression::CompressionLayer;
 use tower_http::compression::predicate::{DefaultPredicate, NotForContentType, Predicate};
-use tower_http::services::ServeDir;
+use tower_http::services::{ServeDir, ServeFile};
 use tower_http::set_header::SetResponseHeaderLayer;
-
-/// A file of the client part.
-pub struct EdgeFile {
-    bytes: Vec<u8>,
-    sha256: String,
-}
 
 /// What the routes need.
 pub struct Site {
     /// Sessions.
     pub shared: Shared,
-    /// The client part by file name.
-    pub edge: BTreeMap<String, EdgeFile>,
-    /// Name of the model.
-    pub model: String,
+    /// The client's half of the model.
+    pub bundle: Bundle,
     /// Folder of the page.
     pub www: PathBuf,
     /// Sessions under way: axum does not wait for upgraded connections.
     pub sessions: TaskTracker,
-}
-
-impl EdgeFile {
-    /// Hash a file.
-    pub fn new(bytes: Vec<u8>) -> Self {
-        let sha256 = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
-        Self { bytes, sha256 }
-    }
-
-    /// SHA-256 in hex.
-    pub fn sha256(&self) -> &str {
-        &self.sha256
-    }
 }
 
 /// Serve until `shutdown`. Requests under way are finished; sessions are the caller's to wait for.
@@ -67,7 +46,7 @@ pub async fn serve(
 fn router(site: Arc<Site>) -> Router {
     // The wasm is compressed once, by the build.
     let page = ServeDir::new(&site.www).append_index_html_on_directories(true).precompressed_gzip();
-    // Weights in f16 hardly shrink.
+    // Weights hardly shrink, in f16 as well as quantised.
     let worth_compressing = DefaultPredicate::new()
         .and(NotForContentType::const_new("application/octet-stream"))
         .and(NotForContentType::const_new("application/wasm"));
@@ -77,10 +56,11 @@ fn router(site: Arc<Site>) -> Router {
         .route("/api/federations", get(federations))
         .route("/api/federations/{name}", get(federation))
         .route("/edge/manifest.json", get(manifest))
-        .route("/edge/{name}", get(edge))
+        .route("/edge/pieces/{sha256}", get(piece))
+        .route("/edge/files/{sha256}", get(file))
         .fallback_service(page)
         .layer(CompressionLayer::new().compress_when(worth_compressing))
-        // The page changes with the server; only edge weights are immutable.
+        // The page and the manifest change with the server; what is named by its hash is immutable.
         .layer(header(header::CACHE_CONTROL, "no-cache"))
         .layer(header(header::X_CONTENT_TYPE_OPTIONS, "nosniff"))
         // Cross-origin isolation: precise timers and, later, threads.
@@ -105,32 +85,61 @@ async fn federation(State(site): State<Arc<Site>>, Path(name): Path<String>) -> 
     }
 }
 
-async fn manifest(State(site): State<Arc<Site>>) -> Response {
-    let files: Vec<_> = site
-        .edge
-        .iter()
-        .map(|(name, f)| serde_json::json!({"name": name, "bytes": f.bytes.len(), "sha256": f.sha256}))
-        .collect();
-    Json(serde_json::json!({"model": site.model, "files": files})).into_response()
+async fn manifest(State(site): State<Arc<Site>>, headers: HeaderMap) -> Response {
+    let tag = format!("\"{}\"", sha256_hex(&site.bundle.manifest_json));
+    if has_already(&headers, &tag) {
+        return (StatusCode::NOT_MODIFIED, [(header::ETAG, tag)]).into_response();
+    }
+    let headers = [(header::CONTENT_TYPE, "application/json".to_owned()), (header::ETAG, tag)];
+    (headers, site.bundle.manifest_json.clone()).into_response()
 }
 
-async fn edge(State(site): State<Arc<Site>>, Path(name): Path<String>, headers: HeaderMap) -> Response {
-    let Some(file) = site.edge.get(&name) else {
-        return (StatusCode::NOT_FOUND, format!("there is no edge file '{name}'; see /edge/manifest.json"))
-            .into_response();
-    };
-    let tag = format!("\"{}\"", file.sha256);
-    if headers.get(header::IF_NONE_MATCH).is_some_and(|t| t.as_bytes() == tag.as_bytes()) {
-        return StatusCode::NOT_MODIFIED.into_response();
+async fn piece(State(site): State<Arc<Site>>, Path(sha256): Path<String>, request: Request) -> Response {
+    let known = site.bundle.manifest.pieces.iter().any(|p| p.sha256 == sha256);
+    content(&site, known, &sha256, "application/octet-stream", request).await
+}
+
+async fn file(State(site): State<Arc<Site>>, Path(sha256): Path<String>, request: Request) -> Response {
+    let known = site.bundle.manifest.files.iter().any(|f| f.sha256 == sha256);
+    content(&site, known, &sha256, "application/json", request).await
+}
+
+/// Bytes named by their hash: whoever has them may keep them for good. Ranges and streaming are tower-http's.
+async fn content(site: &Site, known: bool, sha256: &str, kind: &'static str, mut request: Request) -> Response {
+    if !known {
+        let words = format!("there is no '{sha256}' here, perhaps the model has changed; see /edge/manifest.json");
+        return (StatusCode::NOT_FOUND, words).into_response();
     }
-    let kind = if name.ends_with(".json") { "application/json" } else { "application/octet-stream" };
-    // A client that asks with the hash in the query may keep the file for good.
+    let tag = format!("\"{sha256}\"");
     let headers = [
         (header::CONTENT_TYPE, kind.to_owned()),
-        (header::ETAG, tag),
+        (header::ETAG, tag.clone()),
         (header::CACHE_CONTROL, "public, max-age=31536000, immutable".to_owned()),
     ];
-    (headers, file.bytes.clone()).into_response()
+    if has_already(request.headers(), &tag) {
+        return (StatusCode::NOT_MODIFIED, headers).into_response();
+    }
+    // Whoever holds the beginning of something else gets all of this.
+    if request.headers().get(header::IF_RANGE).is_some_and(|t| t.as_bytes() != tag.as_bytes()) {
+        request.headers_mut().remove(header::RANGE);
+    }
+    // The hash has said more than times could.
+    request.headers_mut().remove(header::IF_MODIFIED_SINCE);
+    request.headers_mut().remove(header::IF_UNMODIFIED_SINCE);
+    match ServeFile::new(site.bundle.folder.join(sha256)).try_call(request).await {
+        Ok(found) if found.status().is_success() => (headers, found).into_response(),
+        Ok(other) => other.into_response(),
+        Err(e) => {
+            let words = format!("{sha256} cannot be read: {e}; ask the operator to start the server again");
+            (StatusCode::INTERNAL_SERVER_ERROR, words).into_response()
+        }
+    }
+}
+
+/// Whether what the client holds is up to date.
+fn has_already(headers: &HeaderMap, tag: &str) -> bool {
+    let tags = headers.get_all(header::IF_NONE_MATCH).iter().filter_map(|v| v.to_str().ok()).flat_map(|v| v.split(','));
+    tags.map(str::trim).any(|t| t == "*" || t.strip_prefix("W/").unwrap_or(t) == tag)
 }
 
 async fn websocket(State(site): State<Arc<Site>>, upgrade: WebSocketUpgrade) -> Response {

@@ -13,17 +13,31 @@
 //! | `native` | a participant over a real socket |
 //! | `datasets` | question files and picture folders to samples |
 //! | `device` | CPU, wgpu or CUDA, chosen at run time |
+//! | `check` | a checkpoint against reference values of PyTorch, tensor by tensor |
+//! | `edge_bundle` | the client's half of the model, prepared once as files |
+//! | `edge_download` | a native client fetches it, resumed and kept |
+//! | `fetch` | models from the Hugging Face hub, in its cache |
+//! | `account` | what a federation costs, from a model's shape |
+//! | `presets` | shapes of published models and smaller ones, and their tensors |
+//! | `random_model` | checkpoints of a real shape with random weights |
 //! | `pretrain` | how the demo model is made |
 
+pub mod account;
 pub mod app;
+pub mod check;
 pub mod commands;
 pub mod coordinator;
 pub mod datasets;
 pub mod device;
+pub mod edge_bundle;
+pub mod edge_download;
+pub mod fetch;
 pub mod held_out;
 pub mod http;
 pub mod llm_host;
 pub mod native;
+pub mod presets;
 pub mod pretrain;
+pub mod random_model;
 pub mod session;
 pub mod store;

@@ -3,6 +3,7 @@
 //!
 //! Requests of several clients that wait at the same time are computed as one batch where their lengths are alike.
 
+use fednano_shared::generate::{GenerateError, GenerateRequest, Generations, NextToken};
 use fednano_shared::plain::{BoundaryReply, BoundaryRequest, EvaluationReply};
 use fednano_shared::step::{BoundaryError, FrozenLlm, LlmBoundary};
 use fednano_shared::wire::{Fault, FaultCode};
@@ -12,10 +13,14 @@ use tokio::sync::{mpsc, oneshot};
 const QUEUE: usize = 64;
 /// Rows that are merged into one batch at most.
 const MERGED_ROWS: usize = 32;
+/// Texts under way whose keys and values are kept.
+const TEXTS: usize = 32;
 
 enum Job {
     Train(BoundaryRequest, oneshot::Sender<Result<BoundaryReply, Fault>>),
     Evaluate(BoundaryRequest, oneshot::Sender<Result<EvaluationReply, Fault>>),
+    Generate(u64, GenerateRequest, oneshot::Sender<Result<NextToken, Fault>>),
+    Forget(u64),
 }
 
 /// A cheap handle to the host.
@@ -57,6 +62,20 @@ impl LlmHandle {
         self.jobs.is_closed()
     }
 
+    /// The next token of a session's text.
+    ///
+    /// # Errors
+    /// A [`Fault`] for the client.
+    pub async fn generate(&self, session: u64, request: GenerateRequest) -> Result<NextToken, Fault> {
+        self.ask(|reply| Job::Generate(session, request, reply)).await
+    }
+
+    /// A session's text is over.
+    pub async fn forget(&self, session: u64) {
+        // A host that has ended holds nothing.
+        drop(self.jobs.send(Job::Forget(session)).await);
+    }
+
     async fn ask<R>(&self, job: impl FnOnce(oneshot::Sender<Result<R, Fault>>) -> Job) -> Result<R, Fault> {
         let (sender, receiver) = oneshot::channel();
         let gone = || server_fault("the LLM's thread has ended");
@@ -94,6 +113,7 @@ fn invalid(cause: String) -> Fault {
 
 fn serve(llm: &FrozenLlm, mut queue: mpsc::Receiver<Job>, merge: bool) {
     let mut waiting = std::collections::VecDeque::new();
+    let mut texts = Generations::new(TEXTS);
     loop {
         if waiting.is_empty() {
             match queue.blocking_recv() {
@@ -119,6 +139,19 @@ fn serve(llm: &FrozenLlm, mut queue: mpsc::Receiver<Job>, merge: bool) {
                 }
                 train(llm, group);
             }
+            Some(Job::Generate(session, request, reply)) if !reply.is_closed() => {
+                let result = block_on(texts.next(llm, session, &request)).map_err(|e| match e {
+                    GenerateError::Device(e) => server_fault(&e.to_string()),
+                    GenerateError::Request(e) => invalid(e.to_string()),
+                    GenerateError::Forgotten { .. } => Fault {
+                        code: FaultCode::OutOfOrder,
+                        cause: e.to_string(),
+                        remedy: "ask the question again".into(),
+                    },
+                });
+                drop(reply.send(result));
+            }
+            Some(Job::Forget(session)) => texts.forget(session),
             // Its client is gone.
             _ => {}
         }

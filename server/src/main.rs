@@ -22,6 +22,11 @@ enum Command {
     Simulate(commands::simulate::Args),
     Demo(commands::demo::Args),
     Pretrain(commands::pretrain::Args),
+    Ask(commands::ask::Args),
+    Check(commands::check::Args),
+    Fetch(commands::fetch::Args),
+    Account(commands::account::Args),
+    RandomModel(commands::random_model::Args),
 }
 
 #[tokio::main]
@@ -33,6 +38,11 @@ async fn main() -> anyhow::Result<()> {
         Command::Join(args) => commands::join::main(&args).await,
         Command::Simulate(args) => commands::simulate::main(&args).await,
         Command::Demo(args) => commands::demo::main(&args).await,
+        Command::Ask(args) => commands::ask::main(&args).await,
+        Command::Check(args) => tokio::task::spawn_blocking(move || commands::check::main(&args)).await?,
+        Command::Fetch(args) => tokio::task::spawn_blocking(move || commands::fetch::main(&args)).await?,
+        Command::Account(args) => commands::account::main(&args),
+        Command::RandomModel(args) => tokio::task::spawn_blocking(move || commands::random_model::main(&args)).await?,
         Command::Pretrain(args) => tokio::task::spawn_blocking(move || commands::pretrain::main(&args)).await?,
     }
 }

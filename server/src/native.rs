@@ -1,15 +1,12 @@
-//! A participant outside the browser: invite link, edge download, socket, clock, lines on a terminal; and a channel that
-//! stands in for a socket in simulation and tests.
+//! A participant outside the browser: invite link, socket, clock, lines on a terminal; and a channel that stands in for a socket
+//! in simulation and tests.
 
 use crate::session::SocketFault;
 use anyhow::Context;
 use fednano_shared::client::{ClientEvent, Clock, Connector, Observer, Transport, TransportError};
-use fednano_shared::model::files::ModelFiles;
 use fednano_shared::wire::MAX_FRAME;
 use futures_channel::mpsc;
 use futures_util::{Sink, SinkExt, Stream, StreamExt};
-use sha2::{Digest, Sha256};
-use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::task::Poll;
 use std::time::Duration;
@@ -52,37 +49,6 @@ impl Invite {
             .map_err(|()| anyhow::anyhow!("'{link}' cannot be turned into a WebSocket address"))?;
         Ok(Self { base, socket: socket.to_string(), federation })
     }
-}
-
-/// Download the client part of the server's model and check it. Returns it with the bytes downloaded.
-///
-/// # Errors
-/// No server, or files that differ from their hash.
-pub fn fetch_edge(invite: &Invite) -> anyhow::Result<(ModelFiles, u64)> {
-    let get = |path: &str| -> anyhow::Result<Vec<u8>> {
-        let url = invite.base.join(path)?;
-        let response = ureq::get(url.as_str()).call();
-        let mut response =
-            response.with_context(|| format!("cannot fetch {url}; is the server running, and the link right?"))?;
-        Ok(response.body_mut().with_config().limit(8 << 30).read_to_vec()?)
-    };
-    let manifest: serde_json::Value = serde_json::from_slice(&get("edge/manifest.json")?)
-        .ok()
-        .filter(|m: &serde_json::Value| m["files"].is_array())
-        .with_context(|| format!("{} is no FedNano server", invite.base))?;
-    let mut files = BTreeMap::new();
-    let mut total = 0;
-    for file in manifest["files"].as_array().into_iter().flatten() {
-        let (Some(name), Some(hash)) = (file["name"].as_str(), file["sha256"].as_str()) else {
-            continue;
-        };
-        let bytes = get(&format!("edge/{name}"))?;
-        let found: String = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
-        anyhow::ensure!(found == hash, "{name} arrived damaged; try again");
-        total += bytes.len() as u64;
-        files.insert(name.to_owned(), bytes);
-    }
-    Ok((ModelFiles::from_bytes(files)?, total))
 }
 
 /// Connects to a server's WebSocket.

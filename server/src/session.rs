@@ -3,6 +3,7 @@
 
 use crate::coordinator::{Federation, only_asks};
 use crate::llm_host::LlmHandle;
+use fednano_shared::generate::NextToken;
 use fednano_shared::plain::{BoundaryReply, EvaluationReply};
 use fednano_shared::wire::{self, ClientMessage, Fault, FaultCode, Hello, ParticipantId, ServerMessage, Traffic};
 use futures_util::stream::{FuturesUnordered, StreamExt};
@@ -10,6 +11,7 @@ use futures_util::{Sink, SinkExt, Stream};
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -52,6 +54,7 @@ pub struct Shared {
 enum Computed {
     Trained(u64, Result<BoundaryReply, Fault>),
     Evaluated(u64, Result<EvaluationReply, Fault>),
+    Generated(u64, Result<NextToken, Fault>),
 }
 
 type InFlight = FuturesUnordered<Pin<Box<dyn Future<Output = Computed> + Send>>>;
@@ -66,6 +69,7 @@ where
             let (id, connection) = (session.id, session.connection);
             let end = session.serve(&mut socket, &shared).await;
             session.report().await;
+            session.end_text(&shared).await;
             if let Some(id) = id {
                 match end {
                     End::Left => session.federation.left(id).await,
@@ -192,7 +196,14 @@ struct Session {
     outbox: Option<mpsc::Receiver<ServerMessage>>,
     round: u32, // of the last Round message sent
     in_flight: InFlight,
-    traffic: Traffic, // not yet reported
+    traffic: Traffic,  // not yet reported
+    text: Option<u64>, // key of the text that this connection generates
+}
+
+/// A key that no other text has.
+fn new_text() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 impl Session {
@@ -205,6 +216,7 @@ impl Session {
             round: 0,
             in_flight: FuturesUnordered::new(),
             traffic: Traffic::default(),
+            text: None,
         }
     }
 
@@ -217,28 +229,26 @@ impl Session {
         let (mut heard, mut spoke, mut asked, mut answers) = (Instant::now(), Instant::now(), Instant::now(), false);
         loop {
             let outgoing = tokio::select! {
-                frame = socket.next() => match {
+                frame = socket.next() => {
                     heard = Instant::now();
                     if matches!(frame, Some(Err(SocketFault::Alive))) {
                         answers = true;
                         continue;
                     }
-                    message(frame)
-                } {
-                    Ok(Some((ClientMessage::Leave, _))) => return End::Left,
-                    Ok(Some((message, length))) => match self.take(message, length, shared).await {
+                    let taken = match message(frame) {
+                        Ok(Some((ClientMessage::Leave, _))) => return End::Left,
+                        Ok(Some((message, length))) => self.take(message, length, shared).await,
+                        Ok(None) => return End::Lost,
+                        Err(fault) => Err(fault),
+                    };
+                    match taken {
                         Ok(reply) => reply,
                         Err(fault) => {
                             refuse(socket, fault).await;
                             return End::Lost;
                         }
-                    },
-                    Ok(None) => return End::Lost,
-                    Err(fault) => {
-                        refuse(socket, fault).await;
-                        return End::Lost;
                     }
-                },
+                }
                 message = next(&mut self.outbox) => match message {
                     Some(message) => Some(message),
                     None => return End::Lost, // a newer connection took its place, or this one was too slow
@@ -246,7 +256,10 @@ impl Session {
                 Some(computed) = self.in_flight.next() => Some(match computed {
                     Computed::Trained(id, Ok(reply)) => ServerMessage::Trained { id, reply },
                     Computed::Evaluated(id, Ok(reply)) => ServerMessage::Evaluated { id, reply },
-                    Computed::Trained(id, Err(fault)) | Computed::Evaluated(id, Err(fault)) => ServerMessage::RequestRefused { id, fault },
+                    Computed::Generated(id, Ok(next)) => ServerMessage::Generated { id, next },
+                    Computed::Trained(id, Err(fault))
+                    | Computed::Evaluated(id, Err(fault))
+                    | Computed::Generated(id, Err(fault)) => ServerMessage::RequestRefused { id, fault },
                 }),
                 _ = reports.tick() => {
                     self.report().await;
@@ -330,6 +343,19 @@ impl Session {
                 };
                 self.federation.update(id, update).await;
             }
+            ClientMessage::Generate { id, request } => {
+                self.traffic.activations_up += length;
+                if let Some(refusal) = self.too_many(id) {
+                    return Ok(Some(refusal));
+                }
+                let (llm, text) = (shared.llm.clone(), *self.text.get_or_insert_with(new_text));
+                self.in_flight
+                    .push(Box::pin(async move { Computed::Generated(id, llm.generate(text, request).await) }));
+            }
+            ClientMessage::StopGenerating => {
+                self.traffic.control_up += length;
+                self.end_text(shared).await;
+            }
             ClientMessage::Leave => {}
         }
         Ok(None)
@@ -350,7 +376,9 @@ impl Session {
         let frame = wire::encode(&message);
         let bytes = frame.len() as u64;
         match message {
-            ServerMessage::Trained { .. } | ServerMessage::Evaluated { .. } => self.traffic.gradients_down += bytes,
+            ServerMessage::Trained { .. } | ServerMessage::Evaluated { .. } | ServerMessage::Generated { .. } => {
+                self.traffic.gradients_down += bytes;
+            }
             ServerMessage::Round { round, .. } => {
                 self.round = round;
                 self.traffic.adapters_down += bytes;
@@ -369,6 +397,13 @@ impl Session {
         let traffic = std::mem::take(&mut self.traffic);
         if let Some(id) = self.id.filter(|_| traffic != Traffic::default()) {
             self.federation.traffic(id, traffic).await;
+        }
+    }
+
+    /// Let the host forget this connection's text.
+    async fn end_text(&mut self, shared: &Shared) {
+        if let Some(text) = self.text.take() {
+            shared.llm.forget(text).await;
         }
     }
 

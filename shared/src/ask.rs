@@ -1,12 +1,10 @@
-//! Using a federation's model without taking part in rounds: a connection that only asks, and greedy decoding through it.
+//! Using a federation's model without taking part in rounds: a connection that only asks.
 
 use crate::client::{ClientError, ClientEvent, Interruption, LEFT, Link, Observer, Remote, Transport, name};
-use crate::edge::NanoEdge;
-use crate::model::adapter::NanoAdapters;
+use crate::generate::{GenerateRequest, NextToken, TokenSource};
 use crate::plain::{BoundaryReply, BoundaryRequest, EvaluationReply};
-use crate::step::{self, BoundaryError, LlmBoundary, StepError};
+use crate::step::{BoundaryError, LlmBoundary};
 use crate::wire::{ClientMessage, Hello, ServerMessage};
-use burn::tensor::Device;
 
 /// A connection that only asks: a boundary for questions, tests and comparisons.
 pub struct Asking<T: Transport> {
@@ -52,38 +50,15 @@ impl<T: Transport> LlmBoundary for Asking<T> {
     }
 }
 
-/// Greedy decoding through the boundary: the prompt and what was said so far go up, the next token comes down.
-/// The text adapter covers the generated tokens too.
-///
-/// # Errors
-/// [`StepError`].
-pub async fn answer<B: LlmBoundary>(
-    edge: &NanoEdge,
-    adapters: Option<&NanoAdapters>,
-    prompt: &crate::data::text::Encoded,
-    features: &[f32],
-    max_tokens: usize,
-    boundary: &mut B,
-    device: &Device,
-) -> Result<String, StepError> {
-    let mut so_far = prompt.clone();
-    let limit = (so_far.ids.len() + max_tokens).min(edge.config.text.max_positions);
-    while so_far.ids.len() < limit {
-        let batch = edge.assemble(&[(&so_far, features)]);
-        let last = so_far.ids.len() as u32 - 1;
-        let request = BoundaryRequest {
-            hidden: step::adapted(adapters, &batch, device).await?,
-            lengths: batch.lengths.clone(),
-            targets: vec![crate::plain::Target { row: 0, position: last, token: 0 }],
-        };
-        let reply = boundary.evaluate(request).await?;
-        let Some(&next) = reply.predicted.first() else {
-            return Err(StepError::Reply("no token".into()));
-        };
-        if next == edge.text.eos() || next as usize >= edge.vocabulary() {
-            break;
-        }
-        so_far.ids.push(next);
+impl<T: Transport> TokenSource for Asking<T> {
+    async fn next(&mut self, request: GenerateRequest) -> Result<NextToken, BoundaryError> {
+        Remote { link: &mut self.link, round: 0 }.next(request).await
     }
-    Ok(edge.text.decode(&so_far.ids[prompt.ids.len()..]))
+}
+
+impl<T: Transport> Asking<T> {
+    /// The text is over; the server need not keep it. A courtesy: the end of the connection has the same effect.
+    pub async fn stop(&mut self) {
+        drop(self.link.send(&ClientMessage::StopGenerating).await);
+    }
 }

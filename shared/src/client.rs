@@ -5,6 +5,7 @@
 //! server sends the same round again.
 
 use crate::edge::{FeatureCache, NanoEdge};
+use crate::generate::{GenerateRequest, NextToken, TokenSource};
 use crate::model::adapter::{DeviceError, NanoAdapters};
 use crate::plain::{AdapterState, BoundaryReply, BoundaryRequest, EvaluationReply};
 use crate::settings::{FederationSettings, Strategy};
@@ -313,7 +314,10 @@ async fn take_part<T: Transport, O: Observer>(
             ServerMessage::Refused(fault) => return Err(Interruption::Failed(ClientError::Refused(fault))),
             ServerMessage::Closing(fault) => return Err(Interruption::Lost(fault.to_string())),
             // Replies to requests of a step that was cancelled.
-            ServerMessage::Trained { .. } | ServerMessage::Evaluated { .. } | ServerMessage::RequestRefused { .. } => {}
+            ServerMessage::Trained { .. }
+            | ServerMessage::Evaluated { .. }
+            | ServerMessage::Generated { .. }
+            | ServerMessage::RequestRefused { .. } => {}
             ServerMessage::Status(status) => link.observer.event(ClientEvent::Status(&status)),
             other @ ServerMessage::Welcome { .. } => return Err(protocol(&format!("a second {}", name(&other)))),
         }
@@ -487,6 +491,11 @@ pub(crate) struct Remote<'l, 'a, T, O> {
 enum Reply {
     Trained(BoundaryReply),
     Evaluated(EvaluationReply),
+    Generated(NextToken),
+}
+
+fn mismatched() -> BoundaryError {
+    BoundaryError::Refused("the reply answers another kind of request".into())
 }
 
 impl<T: Transport, O: Observer> Remote<'_, '_, T, O> {
@@ -501,6 +510,7 @@ impl<T: Transport, O: Observer> Remote<'_, '_, T, O> {
             match self.link.receive().await.map_err(lost)? {
                 ServerMessage::Trained { id: theirs, reply } if theirs == id => return Ok(Reply::Trained(reply)),
                 ServerMessage::Evaluated { id: theirs, reply } if theirs == id => return Ok(Reply::Evaluated(reply)),
+                ServerMessage::Generated { id: theirs, next } if theirs == id => return Ok(Reply::Generated(next)),
                 ServerMessage::RequestRefused { id: theirs, fault } if theirs == id => {
                     return Err(match fault.code {
                         FaultCode::StaleRound => BoundaryError::Cancelled(fault.to_string()),
@@ -513,6 +523,7 @@ impl<T: Transport, O: Observer> Remote<'_, '_, T, O> {
                 // Replies to requests before a reconnect.
                 ServerMessage::Trained { .. }
                 | ServerMessage::Evaluated { .. }
+                | ServerMessage::Generated { .. }
                 | ServerMessage::RequestRefused { .. } => {}
                 other => {
                     let cause = format!("the server went on with {}", name(&other));
@@ -534,7 +545,7 @@ impl<T: Transport, O: Observer> LlmBoundary for Remote<'_, '_, T, O> {
         let id = self.id();
         match self.ask(ClientMessage::Train { id, round: self.round, request }, id).await? {
             Reply::Trained(reply) => Ok(reply),
-            Reply::Evaluated(_) => Err(BoundaryError::Refused("an evaluation in reply to training".into())),
+            _ => Err(mismatched()),
         }
     }
 
@@ -542,7 +553,17 @@ impl<T: Transport, O: Observer> LlmBoundary for Remote<'_, '_, T, O> {
         let id = self.id();
         match self.ask(ClientMessage::Evaluate { id, request }, id).await? {
             Reply::Evaluated(reply) => Ok(reply),
-            Reply::Trained(_) => Err(BoundaryError::Refused("training in reply to an evaluation".into())),
+            _ => Err(mismatched()),
+        }
+    }
+}
+
+impl<T: Transport, O: Observer> TokenSource for Remote<'_, '_, T, O> {
+    async fn next(&mut self, request: GenerateRequest) -> Result<NextToken, BoundaryError> {
+        let id = self.id();
+        match self.ask(ClientMessage::Generate { id, request }, id).await? {
+            Reply::Generated(next) => Ok(next),
+            _ => Err(mismatched()),
         }
     }
 }
@@ -564,5 +585,6 @@ pub(crate) fn name(message: &ServerMessage) -> &'static str {
         ServerMessage::Status(_) => "a status",
         ServerMessage::Finished { .. } => "the end",
         ServerMessage::Closing(_) => "a shutdown",
+        ServerMessage::Generated { .. } => "a token",
     }
 }

@@ -2,12 +2,13 @@
 //!
 //! [`NanoAdapters`]: crate::model::adapter::NanoAdapters
 
+use crate::bundle::table::TokenTable;
 use crate::config::ModelConfig;
 use crate::data::dataset::Dataset;
 use crate::data::picture::{Picture, PictureError, Preprocess};
 use crate::data::text::{Encoded, TextCodec, TextError};
 use crate::model::adapter::{DeviceError, read};
-use crate::model::checkpoint::{CheckpointError, load_edge};
+use crate::model::checkpoint::{CheckpointError, EdgeParts, load_edge};
 use crate::model::{clip::VisionTower, files::ModelFiles, projector::Projector};
 use crate::plain::{Target, TensorBlob};
 use burn::tensor::{Device, Tensor, TensorData};
@@ -21,7 +22,7 @@ pub struct NanoEdge {
     preprocess: Preprocess,
     vision: VisionTower,
     projector: Projector,
-    token_table: TensorBlob,
+    token_table: TokenTable,
     device: Device,
 }
 
@@ -78,15 +79,19 @@ impl NanoEdge {
     /// [`CheckpointError`] lists what does not fit.
     pub fn load(files: &ModelFiles, device: &Device) -> Result<Self, CheckpointError> {
         let parts = load_edge(&files.config, &files.weights, device)?;
-        Ok(Self {
-            config: files.config.clone(),
-            text: files.text.clone(),
-            preprocess: files.preprocess.clone(),
-            vision: parts.vision,
-            projector: parts.projector,
-            token_table: parts.token_table,
-            device: device.clone(),
-        })
+        Ok(Self::from_parts(files.config.clone(), files.text.clone(), files.preprocess.clone(), parts, device))
+    }
+
+    /// Put together what was loaded onto `device`.
+    pub fn from_parts(
+        config: ModelConfig,
+        text: TextCodec,
+        preprocess: Preprocess,
+        parts: EdgeParts,
+        device: &Device,
+    ) -> Self {
+        let EdgeParts { vision, projector, token_table } = parts;
+        Self { config, text, preprocess, vision, projector, token_table, device: device.clone() }
     }
 
     /// Image features of pictures, `P * D` values each.
@@ -150,8 +155,7 @@ impl NanoEdge {
         for (row, (encoded, features)) in rows.iter().enumerate() {
             for (position, &id) in encoded.ids.iter().enumerate() {
                 let at = (row * seq + position) * d;
-                let token = id as usize * d;
-                x.data[at..at + d].copy_from_slice(&self.token_table.data[token..token + d]);
+                self.token_table.row_into(id as usize, &mut x.data[at..at + d]);
             }
             let start = row * seq + encoded.image_start;
             x.data[start * d..(start + p) * d].copy_from_slice(features);
@@ -165,8 +169,15 @@ impl NanoEdge {
         Batch { x, image_mask, lengths, targets }
     }
 
+    /// `x` of one generated token.
+    pub fn assemble_token(&self, token: u32) -> Batch {
+        let mut x = TensorBlob::zeros(&[1, 1, self.config.text.hidden]);
+        self.token_table.row_into(token as usize, &mut x.data);
+        Batch { x, image_mask: TensorBlob::zeros(&[1, 1, 1]), lengths: vec![1], targets: Vec::new() }
+    }
+
     /// Rows of the token table: how many ids can be embedded.
     pub fn vocabulary(&self) -> usize {
-        self.token_table.shape[0]
+        self.token_table.rows()
     }
 }

@@ -4,9 +4,11 @@
 //! | --- | --- |
 //! | `step` | the training step, client's and server's half, in order of execution: start here |
 //! | `edge` | NanoEdge: the frozen part that a client holds |
+//! | `bundle` | the client's half of a model as pieces known by their hash: f16, 8 or 4 bits |
 //! | `wire` | the whole protocol |
 //! | `client` | a participant's round loop, generic over transport and clock |
 //! | `ask` | questions to the model, without taking part in rounds |
+//! | `generate` | decoding token by token, with a cache on the server |
 //! | `aggregate` | merging: one validation, one file for each strategy |
 //! | `settings` | what the participants of a federation agree on |
 //! | `probe` | one fixed step with all its results, to compare devices and places |
@@ -17,10 +19,12 @@
 
 pub mod aggregate;
 pub mod ask;
+pub mod bundle;
 pub mod client;
 pub mod config;
 pub mod data;
 pub mod edge;
+pub mod generate;
 pub mod model;
 pub mod plain;
 pub mod probe;

@@ -8,8 +8,9 @@
 //! The client's half comes first, the server's half below it, Fisher at the end.
 
 use crate::edge::{Batch, FeatureCache, NanoEdge};
+use crate::generate::GenerateRequest;
 use crate::model::adapter::{DeviceError, NanoAdapters, TRAINABLE_TENSORS, read};
-use crate::model::llama::Llama;
+use crate::model::llama::{KvCache, Llama};
 use crate::plain::{AdapterState, BoundaryReply, BoundaryRequest, EvaluationReply, RequestError, TensorBlob};
 use burn::optim::{GradientsParams, ModuleOptimizer};
 use burn::tensor::{Device, Int, Tensor, TensorData, activation};
@@ -287,6 +288,30 @@ impl FrozenLlm {
             nll: read(nll.inner()).await?.data,
             predicted: predicted.into_iter().map(|id| id as u32).collect(),
         })
+    }
+
+    /// The check that every [`GenerateRequest`] passes.
+    ///
+    /// # Errors
+    /// [`RequestError`] names the fault.
+    pub fn check_generation(&self, request: &GenerateRequest) -> Result<(), RequestError> {
+        request.check(self.dim, self.max_positions)
+    }
+
+    /// A cache without positions.
+    pub fn new_cache(&self) -> KvCache {
+        self.llm.new_cache()
+    }
+
+    /// Logits `[V]` of what follows new positions `[1, S, D]` behind those in the cache.
+    ///
+    /// # Errors
+    /// A lost device.
+    pub async fn next_logits(&self, cache: &mut KvCache, hidden: &TensorBlob) -> Result<Vec<f32>, DeviceError> {
+        let new = hidden.shape[1];
+        let states = self.llm.forward_cached(tensor(hidden, &self.device), cache); // [1,S,D]
+        let last = states.narrow(1, new - 1, 1).reshape([1, self.dim]);
+        Ok(read(self.llm.logits(last).inner()).await?.data)
     }
 
     /// Negative log-likelihood `[T]` of all targets, and their logits `[T, V]`: other positions never meet the head.

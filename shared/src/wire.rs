@@ -1,13 +1,14 @@
 //! The whole protocol: one binary WebSocket message is one frame, `b"FN"`, version (u16, little-endian), then a postcard
 //! body: [`ClientMessage`] upward, [`ServerMessage`] downward. The first message upward must be [`ClientMessage::Hello`].
 
+use crate::generate::{GenerateRequest, NextToken};
 use crate::plain::{AdapterState, BoundaryReply, BoundaryRequest, EvaluationReply};
 use crate::settings::FederationSettings;
 use crate::step::Evaluation;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// Changes with every change of a message.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 /// Largest frame either side accepts, bytes: activations of a batch of 8 at LLaVA-1.5-7B's shape in f32.
 pub const MAX_FRAME: usize = 96 << 20;
 /// Longest name or federation id, bytes.
@@ -106,6 +107,15 @@ pub enum ClientMessage {
     Update(Update),
     /// Goodbye for good: do not wait for this participant.
     Leave,
+    /// Go on with this connection's text.
+    Generate {
+        /// Echoed in the reply.
+        id: u64,
+        /// New embeddings.
+        request: GenerateRequest,
+    },
+    /// This connection's text is over; its cache can go.
+    StopGenerating,
 }
 
 /// What a participant uploads: adapters only.
@@ -320,6 +330,13 @@ pub enum ServerMessage {
     },
     /// The server goes away in order; try again later.
     Closing(Fault),
+    /// Answer to `Generate`.
+    Generated {
+        /// Of the request.
+        id: u64,
+        /// The token that follows.
+        next: NextToken,
+    },
 }
 
 /// Why a frame cannot be read.
@@ -408,7 +425,7 @@ mod tests {
     #[test]
     fn golden_bytes() {
         let expected = [
-            b'F', b'N', 2, 0, // frame, version
+            b'F', b'N', 3, 0, // frame, version
             1, 7, 2, // Train, id, round
             3, 1, 2, 1, 8, 0, 0, 0x80, 0x3f, 0, 0, 0, 0xbf, // shape, byte length, values
             1, 2, // lengths

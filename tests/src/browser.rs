@@ -16,6 +16,8 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(540);
 /// ChromeDriver with one session; both end when dropped.
 pub(crate) struct Browser {
     driver: Child,
+    /// ChromeDriver's, for commands that fantoccini lacks.
+    pub(crate) port: u16,
     pub(crate) client: Client,
     _profile: tempfile::TempDir,
 }
@@ -57,7 +59,7 @@ impl Browser {
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         };
-        Ok(Self { driver, client, _profile: profile })
+        Ok(Self { driver, port: free, client, _profile: profile })
     }
 
     pub(crate) async fn script(&self, code: &str) -> anyhow::Result<serde_json::Value> {

@@ -5,6 +5,7 @@ use burn::tensor::Device;
 use fednano_server::app::{App, HeldOutSource, ServerSettings, bind};
 use fednano_server::native::{Socket, SocketConnector};
 use fednano_server::store::{Store, read_adapter};
+use fednano_shared::bundle::EdgeDtype;
 use fednano_shared::client::{Connector, Outcome, Transport};
 use fednano_shared::data::dataset::Dataset;
 use fednano_shared::data::scene::DemoTheme;
@@ -374,6 +375,7 @@ pub fn nothing_to_judge() -> anyhow::Result<()> {
             model: nano_llava(),
             www: repository().join("www"),
             data_dir: folder.path().to_owned(),
+            edge_dtype: EdgeDtype::F16,
             federations: BTreeMap::from([("test".to_owned(), settings())]),
             held_out: HeldOutSource::Data(Dataset::default()),
             evaluation_limit: 0,

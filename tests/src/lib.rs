@@ -5,6 +5,7 @@ use burn::tensor::Device;
 use fednano_server::app::{App, HeldOutSource, ServerSettings};
 use fednano_server::native::SocketConnector;
 use fednano_shared::ask::Asking;
+use fednano_shared::bundle::EdgeDtype;
 use fednano_shared::client::{ClientEvent, Connector, Observer, Outcome, Participant, participate};
 use fednano_shared::data::dataset::Dataset;
 use fednano_shared::edge::{FeatureCache, NanoEdge};
@@ -158,13 +159,33 @@ impl Server {
     /// # Errors
     /// The server's.
     pub async fn start_on(address: &str, settings: FederationSettings, data_dir: &Path) -> anyhow::Result<Self> {
+        Self::launch(address, nano_llava(), HeldOutSource::Demo(0), settings, data_dir).await
+    }
+
+    /// One with another model, and hardly anything to evaluate.
+    ///
+    /// # Errors
+    /// The server's.
+    pub async fn start_model(model: &Path, settings: FederationSettings, data_dir: &Path) -> anyhow::Result<Self> {
+        let held_out = HeldOutSource::Data(fednano_shared::probe::samples());
+        Self::launch("127.0.0.1:0", model.to_owned(), held_out, settings, data_dir).await
+    }
+
+    async fn launch(
+        address: &str,
+        model: PathBuf,
+        held_out: HeldOutSource,
+        settings: FederationSettings,
+        data_dir: &Path,
+    ) -> anyhow::Result<Self> {
         let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
         let server = ServerSettings {
-            model: nano_llava(),
+            model,
             www: repository().join("www"),
             data_dir: data_dir.to_owned(),
+            edge_dtype: EdgeDtype::F16,
             federations: BTreeMap::from([("test".to_owned(), settings)]),
-            held_out: HeldOutSource::Demo(0),
+            held_out,
             evaluation_limit: 90,
             merge_requests: true,
         };

@@ -2,9 +2,12 @@
 
 mod architecture;
 mod browser;
+mod browser_bundle;
+mod bundles;
 mod devices;
 mod faults;
 mod federation;
+mod fetching;
 mod gradients;
 mod learning;
 mod page;
@@ -18,11 +21,42 @@ type Test = fn() -> anyhow::Result<()>;
 
 /// Name, what it needs, the test.
 const INDEX: &[(&str, &[Needs], Test)] = &[
-    // The checkpoint of PyTorch and transformers, down to gradients and Fisher.
-    ("parity::vision_and_projector_equal_the_reference", &[Nothing], parity::vision_and_projector),
-    ("parity::preprocessing_equals_the_reference_to_one_level", &[Nothing], parity::preprocessing),
-    ("parity::loss_and_boundary_gradient_equal_the_reference", &[Nothing], parity::boundary),
-    ("parity::adapter_gradients_and_fisher_equal_the_reference", &[Nothing], parity::adapters),
+    // The checkpoints of PyTorch and transformers, from picture files to Fisher values and decoded tokens.
+    ("parity::tiny_llava_equals_the_reference", &[Nothing], parity::tiny_on_flex),
+    ("parity::tiny_llava_equals_the_reference_on_wgpu", &[Vulkan], parity::tiny_on_wgpu),
+    ("parity::every_variant_equals_the_reference", &[Nothing], parity::variants_on_flex),
+    ("parity::every_variant_equals_the_reference_on_wgpu", &[Vulkan], parity::variants_on_wgpu),
+    ("parity::a_check_without_reference_runs_and_says_so", &[Nothing], parity::without_reference),
+    // Planted mistakes must not pass.
+    ("parity::an_untransposed_square_matrix_fails", &[Nothing], parity::untransposed_matrix),
+    ("parity::tiled_key_value_heads_fail", &[Nothing], parity::tiled_heads),
+    ("parity::a_tanh_gelu_in_the_projector_fails", &[Nothing], parity::tanh_gelu_in_the_projector),
+    ("parity::a_wrong_rms_epsilon_fails", &[Nothing], parity::wrong_rms_epsilon),
+    ("parity::a_wrong_layer_norm_epsilon_fails", &[Nothing], parity::wrong_layer_norm_epsilon),
+    ("parity::a_kept_class_token_fails", &[Nothing], parity::class_token_kept),
+    // Files of a checkpoint.
+    ("parity::shards_load_and_a_missing_one_is_named", &[Nothing], parity::shards),
+    ("parity::unexpected_tensors_are_named", &[Nothing], parity::unexpected_tensors),
+    ("parity::unknown_architectures_are_named", &[Nothing], parity::unknown_architecture),
+    // Models from the hub, which a local server imitates.
+    ("fetching::the_needed_files_whole_and_in_the_cache", &[Nothing], fetching::whole),
+    ("fetching::a_second_time_downloads_nothing", &[Nothing], fetching::second_time),
+    ("fetching::an_interrupted_download_goes_on_by_range", &[Nothing], fetching::resume),
+    ("fetching::a_damaged_file_is_refused_and_removed", &[Nothing], fetching::damaged),
+    ("fetching::no_network_is_said_clearly", &[Nothing], fetching::no_network),
+    ("fetching::unknown_and_gated_models", &[Nothing], fetching::unknown_or_closed),
+    // The client's half as pieces.
+    ("bundles::pieces_give_the_same_features", &[Nothing], bundles::same_features),
+    ("bundles::a_bundle_is_prepared_once", &[Nothing], bundles::prepared_once),
+    ("bundles::a_client_fetches_only_what_it_lacks", &[NanoLlava], bundles::fetched_once),
+    ("bundles::ranges_tags_and_compression", &[NanoLlava], bundles::ranges_and_tags),
+    ("bundles::damaged_and_cut_pieces_are_mended_or_reported", &[Nothing], bundles::damaged_and_cut),
+    ("bundles::hostile_manifests_are_refused", &[Nothing], bundles::hostile_manifests),
+    ("browser_bundle::a_second_visit_downloads_nothing", &[NanoLlava, Chromium], browser_bundle::second_visit),
+    ("browser_bundle::an_interrupted_download_goes_on", &[Chromium], browser_bundle::interrupted_large),
+    ("browser_bundle::a_damaged_piece_alone_is_fetched_again", &[NanoLlava, Chromium], browser_bundle::damaged_piece),
+    ("browser_bundle::too_little_room_is_said_first", &[NanoLlava, Chromium], browser_bundle::too_little_room),
+    ("browser_bundle::two_tabs_share_one_download", &[NanoLlava, Chromium], browser_bundle::two_tabs_share),
     // The split changes nothing.
     ("gradients::split_equals_whole", &[NanoLlava], gradients::split_equals_whole),
     ("gradients::finite_differences", &[NanoLlava], gradients::finite_differences),
@@ -42,7 +76,11 @@ const INDEX: &[(&str, &[Needs], Test)] = &[
     ("federation::a_restart_with_two_goes_on_with_both", &[NanoLlava], federation::restart_with_two),
     ("federation::a_second_update_is_refused_and_the_first_merged", &[NanoLlava], federation::second_update),
     ("federation::a_huge_update_does_not_destroy_it", &[NanoLlava], federation::huge_update),
-    ("federation::a_newcomer_during_evaluation_changes_no_saved_round", &[NanoLlava], federation::newcomer_during_evaluation),
+    (
+        "federation::a_newcomer_during_evaluation_changes_no_saved_round",
+        &[NanoLlava],
+        federation::newcomer_during_evaluation,
+    ),
     ("federation::a_stop_during_evaluation_saves_the_round", &[NanoLlava], federation::stop_during_evaluation),
     ("federation::a_participation_taken_over_is_told_so", &[NanoLlava], federation::taken_over),
     ("federation::nothing_to_judge_is_an_error", &[NanoLlava], federation::nothing_to_judge),

@@ -14,6 +14,7 @@ use serde_json::Value;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Duration;
+use tokio_util::sync::CancellationToken;
 
 /// A small generated shard: 48 samples, 6 steps an epoch.
 const SHARD: &str = "&shard=garden&pictures=12&questions=4&seed=3";
@@ -297,7 +298,7 @@ pub fn taken_over() -> anyhow::Result<()> {
         let saved = stage.browser.script("return JSON.parse(sessionStorage.getItem('fednano:test')).token").await?;
         let token = SessionToken(saved.as_str().context("no token in the tab's session storage")?.to_owned());
         let greeting = Hello { resume: Some(token), ..hello("other", 48, Purpose::Train) };
-        let mut other = SocketConnector(stage.server.socket.clone()).connect().await?;
+        let mut other = SocketConnector::new(stage.server.socket.clone(), CancellationToken::new()).connect().await?;
         other.send(wire::encode(&ClientMessage::Hello(greeting))).await?;
         other.receive().await?;
         stage.error(&["another tab or program goes on"]).await?;

@@ -24,13 +24,46 @@ mod socket;
 #[cfg(target_arch = "wasm32")]
 pub mod tab {
     use crate::import;
-    use crate::session::Session;
+    use crate::session::{Loading, Session};
     use std::collections::BTreeMap;
     use std::fmt::Display;
     use std::rc::Rc;
     use std::time::Duration;
     use wasm_bindgen::prelude::*;
     use wasm_bindgen_futures::JsFuture;
+
+    /// The client's half of the model, loaded piece by piece.
+    #[wasm_bindgen]
+    pub struct EdgeLoader {
+        loading: Loading,
+    }
+
+    #[wasm_bindgen]
+    impl EdgeLoader {
+        /// Begin: the manifest's text, `files` maps the names of its small files to `Uint8Array`, `device` is "cpu" or "webgpu".
+        pub async fn open(manifest: String, files: js_sys::Object, device: String) -> Result<EdgeLoader, JsValue> {
+            console_error_panic_hook::set_once();
+            let mut contents = BTreeMap::new();
+            for key in js_sys::Object::keys(&files).iter() {
+                let bytes = js_sys::Uint8Array::new(&js_sys::Reflect::get(&files, &key)?).to_vec();
+                contents.insert(key.as_string().unwrap_or_default(), bytes);
+            }
+            let loading = Loading::open(&manifest, &contents, &device).await.map_err(to_js)?;
+            Ok(Self { loading })
+        }
+
+        /// Load a piece; in the manifest's order. One that is refused as damaged may be given again.
+        #[wasm_bindgen(js_name = addPiece)]
+        pub fn add_piece(&mut self, bytes: &[u8]) -> Result<(), JsValue> {
+            self.loading.add(bytes).map_err(to_js)
+        }
+
+        /// All pieces are in: a participant. The loader is used up.
+        pub fn finish(self) -> Result<Tab, JsValue> {
+            let session = self.loading.finish().map_err(to_js)?;
+            Ok(Tab { session: Rc::new(session) })
+        }
+    }
 
     /// One participant.
     #[wasm_bindgen]
@@ -40,18 +73,6 @@ pub mod tab {
 
     #[wasm_bindgen]
     impl Tab {
-        /// Load the model's edge part: `files` maps names to `Uint8Array`, `device` is "cpu" or "webgpu".
-        pub async fn create(files: js_sys::Object, device: String) -> Result<Tab, JsValue> {
-            console_error_panic_hook::set_once();
-            let mut contents = BTreeMap::new();
-            for key in js_sys::Object::keys(&files).iter() {
-                let bytes = js_sys::Uint8Array::new(&js_sys::Reflect::get(&files, &key)?).to_vec();
-                contents.insert(key.as_string().unwrap_or_default(), bytes);
-            }
-            let session = Session::create(contents, &device).await.map_err(to_js)?;
-            Ok(Self { session: Rc::new(session) })
-        }
-
         /// Measured GFLOP/s.
         pub async fn speed(&self) -> Result<f64, JsValue> {
             self.session.speed(now).await.map_err(to_js)
@@ -130,19 +151,21 @@ pub mod tab {
             self.session.leave();
         }
 
-        /// Ask about an own picture, with and without adapters.
+        /// Ask about an own picture, with and without adapters; `on_text(which, text)` hears the answers grow and stops one by
+        /// returning false.
         pub async fn ask(
             &self,
             url: String,
             federation: String,
             picture: usize,
             question: String,
+            on_text: js_sys::Function,
         ) -> Result<String, JsValue> {
             let picture = self.session.picture(picture).map_err(to_js)?;
-            self.session.ask(url, federation, &picture, &question).await.map_err(to_js)
+            self.session.ask(url, federation, &picture, &question, teller(on_text)).await.map_err(to_js)
         }
 
-        /// Ask about any picture, with and without adapters.
+        /// Ask about any picture, as [`Tab::ask`].
         #[wasm_bindgen(js_name = askPicture)]
         pub async fn ask_picture(
             &self,
@@ -152,14 +175,26 @@ pub mod tab {
             height: usize,
             rgba: Vec<u8>,
             question: String,
+            on_text: js_sys::Function,
         ) -> Result<String, JsValue> {
             let picture = import::from_rgba(width, height, &rgba).map_err(to_js)?;
-            self.session.ask(url, federation, &picture, &question).await.map_err(to_js)
+            self.session.ask(url, federation, &picture, &question, teller(on_text)).await.map_err(to_js)
         }
 
         /// The probe's results as JSON.
         pub async fn probe(&self, url: String, federation: String) -> Result<String, JsValue> {
             self.session.probe(url, federation).await.map_err(to_js)
+        }
+    }
+
+    /// Hands each state of an answer to `on_text(which, text)`; false stops the answer.
+    fn teller(on_text: js_sys::Function) -> impl Fn(&str, &str) -> bool {
+        move |which, text| match on_text.call2(&JsValue::NULL, &JsValue::from_str(which), &JsValue::from_str(text)) {
+            Ok(goes_on) => goes_on.as_bool() != Some(false),
+            Err(e) => {
+                web_sys::console::error_1(&e);
+                true
+            }
         }
     }
 

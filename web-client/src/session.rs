@@ -5,14 +5,16 @@ use crate::import::{self, Pictures};
 use crate::socket::{Leave, Socket, Sockets, TabClock};
 use crate::{events, gpu};
 use burn::tensor::Device;
-use fednano_shared::ask::{self, Asking};
+use fednano_shared::ask::Asking;
+use fednano_shared::bundle::Manifest;
+use fednano_shared::bundle::assemble::BundleLoader;
 use fednano_shared::client::{self, ClientEvent, Connector, Observer, Outcome, Participant};
 use fednano_shared::data::dataset::Dataset;
 use fednano_shared::data::picture::Picture;
 use fednano_shared::data::scene::DemoTheme;
 use fednano_shared::edge::{FeatureCache, NanoEdge};
+use fednano_shared::generate::{self, AnswerOptions, Sampling};
 use fednano_shared::model::adapter::NanoAdapters;
-use fednano_shared::model::files::ModelFiles;
 use fednano_shared::plain::AdapterState;
 use fednano_shared::probe;
 use fednano_shared::wire::{ClientKind, Hello, Purpose, SessionToken};
@@ -28,7 +30,33 @@ pub type Failure = Box<dyn std::error::Error>;
 /// Tries in a row to reach the server, at most 10 s apart: a tab waits about half an hour for a server that went away.
 const MAX_TRIES: u32 = 200;
 /// Longest answer.
-const MAX_ANSWER_TOKENS: usize = 24;
+const MAX_ANSWER_TOKENS: usize = 64;
+
+/// A tab whose model comes piece by piece.
+pub struct Loading {
+    device: Device,
+    bundle: BundleLoader,
+}
+
+impl Loading {
+    /// Open the device, read the manifest and its small files.
+    pub async fn open(manifest: &str, files: &BTreeMap<String, Vec<u8>>, device: &str) -> Result<Self, Failure> {
+        let manifest = Manifest::from_json(manifest.as_bytes())?;
+        let device = gpu::open(device).await?;
+        let bundle = BundleLoader::open(manifest, files, &device)?;
+        Ok(Self { device, bundle })
+    }
+
+    /// Load the next piece.
+    pub fn add(&mut self, piece: &[u8]) -> Result<(), Failure> {
+        Ok(self.bundle.add(piece)?)
+    }
+
+    /// All pieces are in.
+    pub fn finish(self) -> Result<Session, Failure> {
+        Ok(Session::new(self.bundle.finish()?, self.device))
+    }
+}
 
 /// One participant's tab.
 pub struct Session {
@@ -62,11 +90,8 @@ struct JoinOptions {
 }
 
 impl Session {
-    /// Open the device and load the model's edge part.
-    pub async fn create(files: BTreeMap<String, Vec<u8>>, device: &str) -> Result<Self, Failure> {
-        let device = gpu::open(device).await?;
-        let edge = NanoEdge::load(&ModelFiles::from_bytes(files)?, &device)?;
-        Ok(Self {
+    fn new(edge: NanoEdge, device: Device) -> Self {
+        Self {
             device,
             edge,
             own: RefCell::default(),
@@ -75,7 +100,7 @@ impl Session {
             latest: RefCell::default(),
             joined: Cell::new(false),
             leave: RefCell::default(),
-        })
+        }
     }
 
     /// GFLOP/s.
@@ -205,6 +230,7 @@ impl Session {
         federation: String,
         picture: &Picture,
         question: &str,
+        on_text: impl Fn(&str, &str) -> bool,
     ) -> Result<String, Failure> {
         let question = question.trim();
         let mark = if question.ends_with('?') { "" } else { "?" };
@@ -212,19 +238,18 @@ impl Session {
         let features = self.edge.image_features(&[picture]).await?.concat();
         let mut boundary = connect(url, federation).await?;
         let latest = self.latest.borrow().clone();
-        let before =
-            ask::answer(&self.edge, None, &prompt, &features, MAX_ANSWER_TOKENS, &mut boundary, &self.device).await?;
-        let after = match &latest {
-            None => None,
-            Some(latest) => {
-                let adapters = NanoAdapters::from_state(&latest.adapter, &self.device.clone().autodiff());
-                let tuned = Some(&adapters);
-                Some(
-                    ask::answer(&self.edge, tuned, &prompt, &features, MAX_ANSWER_TOKENS, &mut boundary, &self.device)
-                        .await?,
-                )
-            }
+        let options = AnswerOptions { max_tokens: MAX_ANSWER_TOKENS, sampling: Sampling::GREEDY };
+        let tuned = latest.as_ref().map(|l| NanoAdapters::from_state(&l.adapter, &self.device.clone().autodiff()));
+        let answer = async |which: &'static str, adapters: Option<&NanoAdapters>, boundary: &mut Asking<Socket>| {
+            let tell = |text: &str| on_text(which, text);
+            generate::answer(&self.edge, adapters, (&prompt, &features), options, boundary, &self.device, tell).await
         };
+        let before = answer("before", None, &mut boundary).await?;
+        let after = match &tuned {
+            None => None,
+            Some(adapters) => Some(answer("after", Some(adapters), &mut boundary).await?),
+        };
+        boundary.stop().await;
         let origin = latest.as_ref().map(|l| l.origin.as_str());
         Ok(json!({ "before": before, "after": after, "adapters": origin }).to_string())
     }

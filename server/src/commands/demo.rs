@@ -7,6 +7,7 @@ use crate::app::{App, HeldOutSource, ServerSettings, bind};
 use crate::device::DeviceChoice;
 use crate::store::TemporaryFolder;
 use anyhow::Context;
+use fednano_shared::bundle::EdgeDtype;
 use fednano_shared::data::scene::DemoTheme;
 use fednano_shared::probe::shard;
 use fednano_shared::settings::FederationSettings;
@@ -32,6 +33,9 @@ pub struct Args {
     /// Where the LLM runs.
     #[arg(long, value_enum, default_value = "auto")]
     device: DeviceChoice,
+    /// How clients get the weights of their half of the model: f16, or smaller and coarser int8 or int4.
+    #[arg(long, default_value_t = EdgeDtype::F16)]
+    edge_dtype: EdgeDtype,
     /// Take part with so many headless Chromium tabs instead of a person's (the third is forced onto WebGPU), print one JSON
     /// line, end. 0: native participants only.
     #[arg(long)]
@@ -90,6 +94,7 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
         model: args.model.clone(),
         www: args.www.clone(),
         data_dir: folder.path().to_owned(),
+        edge_dtype: args.edge_dtype,
         federations: BTreeMap::from([("demo".to_owned(), settings.clone())]),
         held_out: HeldOutSource::Demo(args.data_seed),
         evaluation_limit: 0,

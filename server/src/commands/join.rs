@@ -2,13 +2,13 @@
 
 use crate::datasets;
 use crate::device::DeviceChoice;
-use crate::native::{Invite, Lines, SocketConnector, TokioClock, fetch_edge};
+use crate::edge_download::fetch_edge;
+use crate::native::{Invite, Lines, SocketConnector, TokioClock};
 use crate::store::write_adapter;
 use anyhow::Context;
 use fednano_shared::client::{Outcome, Participant, participate};
 use fednano_shared::data::dataset::Dataset;
 use fednano_shared::data::scene::DemoTheme;
-use fednano_shared::edge::NanoEdge;
 use fednano_shared::probe::shard;
 use fednano_shared::wire::{ClientKind, Hello, Purpose};
 use std::path::PathBuf;
@@ -90,9 +90,8 @@ pub async fn take_part(
 ) -> anyhow::Result<Outcome> {
     let invite = Invite::parse(url)?;
     let (device, words) = device.open()?;
-    let link = invite.clone();
-    let (files, edge_bytes) = tokio::task::spawn_blocking(move || fetch_edge(&link)).await??;
-    let edge = NanoEdge::load(&files, &device)?;
+    let (link, place) = (invite.clone(), device.clone());
+    let (edge, edge_bytes) = tokio::task::spawn_blocking(move || fetch_edge(&link, &place, None)).await??;
     let cache = edge.encode(data, |_, _| {}).await?;
     let me = Participant {
         hello: Hello {

@@ -1,8 +1,13 @@
 //! One thin file for each subcommand.
 
+pub mod account;
+pub mod ask;
+pub mod check;
 pub mod demo;
+pub mod fetch;
 pub mod join;
 pub mod pretrain;
+pub mod random_model;
 pub mod serve;
 pub mod simulate;
 

@@ -3,6 +3,7 @@
 use super::SettingFlags;
 use crate::app::{App, ServerSettings, bind, held_out_from};
 use crate::device::DeviceChoice;
+use fednano_shared::bundle::EdgeDtype;
 use fednano_shared::settings::FederationSettings;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -26,6 +27,9 @@ pub struct Args {
     /// Folder of the page.
     #[arg(long, default_value = "www")]
     www: PathBuf,
+    /// How clients get the weights of their half of the model: f16, or smaller and coarser int8 or int4.
+    #[arg(long, default_value_t = EdgeDtype::F16)]
+    edge_dtype: EdgeDtype,
     /// Name of a federation; may be given several times.
     #[arg(long = "federation", default_value = "demo")]
     federations: Vec<String>,
@@ -52,6 +56,7 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
         model: args.model.clone(),
         www: args.www.clone(),
         data_dir: args.data_dir.clone(),
+        edge_dtype: args.edge_dtype,
         federations: args.federations.iter().map(|n| (n.clone(), settings.clone())).collect(),
         held_out: held_out_from(args.held_out.as_deref())?,
         evaluation_limit: args.evaluation_limit,

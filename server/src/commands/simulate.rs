@@ -8,6 +8,7 @@ use crate::native::{ChannelConnector, TokioClock};
 use crate::store::TemporaryFolder;
 use anyhow::Context;
 use burn::tensor::Device;
+use fednano_shared::bundle::EdgeDtype;
 use fednano_shared::client::{ClientEvent, Observer, Outcome, Participant, participate};
 use fednano_shared::data::dataset::Dataset;
 use fednano_shared::data::split::dirichlet;
@@ -48,6 +49,9 @@ pub struct Args {
     /// Where everything runs.
     #[arg(long, value_enum, default_value = "cpu")]
     device: DeviceChoice,
+    /// How clients get the weights of their half of the model: f16, or smaller and coarser int8 or int4.
+    #[arg(long, default_value_t = EdgeDtype::F16)]
+    edge_dtype: EdgeDtype,
     /// File for the results.
     #[arg(long)]
     json: Option<PathBuf>,
@@ -91,6 +95,7 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
         model: args.model.clone(),
         www: PathBuf::from("www"),
         data_dir: folder,
+        edge_dtype: args.edge_dtype,
         federations: BTreeMap::from([("simulation".to_owned(), settings.clone())]),
         held_out: HeldOutSource::Data(splits.test),
         evaluation_limit: args.evaluation_limit,

@@ -65,6 +65,7 @@ pub struct TextCodec {
     image_tokens: usize,
     max_positions: usize,
     eos: u32,
+    stops: Vec<u32>,
 }
 
 impl TextCodec {
@@ -87,10 +88,19 @@ impl TextCodec {
         };
         let generation = json(generation_config, "generation_config.json")?;
         let processor = json(processor_config, "processor_config.json")?;
-        let eos = &generation["eos_token_id"];
-        let eos = eos.as_u64().or_else(|| eos[0].as_u64()).map(|n| n as u32);
-        let eos = eos.or_else(|| tokenizer.token_to_id("</s>"));
-        let eos = eos
+        // One id, or a list of which the first ends answers that are learned from.
+        let listed = &generation["eos_token_id"];
+        let mut stops: Vec<u32> = listed
+            .as_array()
+            .unwrap_or(&vec![listed.clone()])
+            .iter()
+            .filter_map(|n| Some(n.as_u64()? as u32))
+            .collect();
+        if stops.is_empty() {
+            stops.extend(tokenizer.token_to_id("</s>"));
+        }
+        let eos = *stops
+            .first()
             .ok_or_else(|| fault("generation_config.json")("no eos_token_id, and no </s> in tokenizer.json".into()))?;
         if tokenizer.token_to_id("<image>").is_none_or(|id| id != config.image_token) {
             return Err(fault("tokenizer.json")(format!(
@@ -109,12 +119,18 @@ impl TextCodec {
             image_tokens: config.image_tokens(),
             max_positions: config.text.max_positions,
             eos,
+            stops,
         })
     }
 
     /// The id that ends an answer.
     pub fn eos(&self) -> u32 {
         self.eos
+    }
+
+    /// Whether an id ends a generated answer.
+    pub fn is_stop(&self, id: u32) -> bool {
+        self.stops.contains(&id)
     }
 
     /// Encode a question, and an answer to learn from if there is one.

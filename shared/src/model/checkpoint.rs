@@ -4,6 +4,7 @@
 //! `gamma` and bias `beta`; burn's `Linear` keeps `[in, out]`, the file `[out, in]`. Four prefixes are in use for the parts;
 //! [`canonical`] maps them all to one.
 
+use crate::bundle::table::TokenTable;
 use crate::config::{ConfigError, ModelConfig};
 use crate::model::{clip::VisionTower, llama::Llama, projector::Projector};
 use crate::plain::TensorBlob;
@@ -40,6 +41,13 @@ pub enum CheckpointError {
     #[error("the checkpoint does not fit its config.json:\n  {}", .0.join("\n  "))]
     Tensors(Vec<String>),
 }
+
+/// Canonical name of the token table.
+pub const TOKEN_TABLE: &str = "language_model.embed_tokens.weight";
+/// Prefix of the vision tower's canonical names.
+pub const VISION_TOWER: &str = "vision_tower.";
+/// Prefix of the connector's canonical names.
+pub const PROJECTOR: &str = "multi_modal_projector.";
 
 /// One name for the four prefixes in use: `language_model.*`, `lm_head.*`, `vision_tower.*`, `multi_modal_projector.*`.
 pub fn canonical(name: &str) -> String {
@@ -126,8 +134,36 @@ impl Weights {
     /// Fill a module; `prefix` is put before its parameters' paths. Faults are added to `faults`, the module is returned
     /// half-filled then.
     pub fn load<M: Module>(&self, module: M, prefix: &str, faults: &mut Vec<String>) -> M {
-        module.map(&mut Filler { weights: self, prefix, path: Vec::new(), faults })
+        fill(module, self, prefix, &mut BTreeSet::new(), faults)
     }
+}
+
+/// Where a module's tensors come from: a whole checkpoint, or one piece of a bundle.
+pub trait TensorSource {
+    /// A tensor of the given shape in f32 by canonical name, in the file's layout; `None` where another source has it.
+    ///
+    /// # Errors
+    /// A sentence for the list in [`CheckpointError::Tensors`].
+    fn find(&self, name: &str, shape: &[usize]) -> Result<Option<TensorBlob>, String>;
+}
+
+impl TensorSource for Weights {
+    /// A checkpoint is whole: what it lacks is a fault.
+    fn find(&self, name: &str, _: &[usize]) -> Result<Option<TensorBlob>, String> {
+        self.read(name).map(Some)
+    }
+}
+
+/// Fill a module with what a source has; `prefix` is put before its parameters' paths. Names filled are added to `filled`, faults
+/// to `faults`; parameters without either stay as they are.
+pub fn fill<M: Module, S: TensorSource>(
+    module: M,
+    source: &S,
+    prefix: &str,
+    filled: &mut BTreeSet<String>,
+    faults: &mut Vec<String>,
+) -> M {
+    module.map(&mut Filler { source, prefix, path: Vec::new(), filled, faults })
 }
 
 fn widen(view: &TensorView) -> Option<Vec<f32>> {
@@ -159,14 +195,24 @@ fn key_of(path: &Path, prefix: &str) -> (String, bool) {
     (if key.starts_with("lm_head") { key } else { format!("{prefix}{key}") }, transposed)
 }
 
-struct Filler<'a> {
-    weights: &'a Weights,
+/// A parameter's shape in the file, without making the parameter.
+fn file_shape<const N: usize>(param: &Param<Tensor<N>>, transposed: bool) -> Vec<usize> {
+    let mut shape = param.lazy_shape().to_vec();
+    if transposed {
+        shape.reverse();
+    }
+    shape
+}
+
+struct Filler<'a, S> {
+    source: &'a S,
     prefix: &'a str,
     path: Path,
+    filled: &'a mut BTreeSet<String>,
     faults: &'a mut Vec<String>,
 }
 
-impl ModuleMapper for Filler<'_> {
+impl<S: TensorSource> ModuleMapper for Filler<'_, S> {
     fn enter_module(&mut self, name: &str, container: &str) {
         self.path.push((name.to_owned(), container.to_owned()));
     }
@@ -177,17 +223,15 @@ impl ModuleMapper for Filler<'_> {
 
     fn map_float<const N: usize>(&mut self, param: Param<Tensor<N>>) -> Param<Tensor<N>> {
         let (key, transposed) = key_of(&self.path, self.prefix);
-        let blob = match self.weights.read(&key) {
-            Ok(blob) => blob,
+        let expected = file_shape(&param, transposed);
+        let blob = match self.source.find(&key, &expected) {
+            Ok(Some(blob)) => blob,
+            Ok(None) => return param,
             Err(fault) => {
                 self.faults.push(fault);
                 return param;
             }
         };
-        let mut expected = param.lazy_shape().to_vec();
-        if transposed {
-            expected.reverse();
-        }
         if blob.shape != expected {
             self.faults.push(format!("{key}: shape {:?}, expected {expected:?}", blob.shape));
             return param;
@@ -198,6 +242,7 @@ impl ModuleMapper for Filler<'_> {
         if transposed {
             tensor = tensor.transpose();
         }
+        self.filled.insert(key);
         // Nothing that comes from a checkpoint is trained by a client.
         Param::initialized(id, tensor).set_require_grad(false)
     }
@@ -280,20 +325,12 @@ pub struct EdgeParts {
     /// Connector.
     pub projector: Projector,
     /// `[V, D]` on the host: rows are looked up, never multiplied.
-    pub token_table: TensorBlob,
+    pub token_table: TokenTable,
 }
 
-/// Tensors that published files carry and LLaVA never reads.
+/// Tensors of the language model that published files carry and nobody reads.
 fn known_unused(name: &str, config: &ModelConfig) -> bool {
-    let layer = name
-        .strip_prefix("vision_tower.encoder.layers.")
-        .and_then(|rest| rest.split('.').next())
-        .and_then(|n| n.parse::<usize>().ok());
-    layer.is_some_and(|l| (config.feature_layer..config.vision.layers).contains(&l))
-        || name.starts_with("vision_tower.post_layernorm.")
-        || name.ends_with("position_ids")
-        || name.ends_with("rotary_emb.inv_freq")
-        || (config.text.tied && name == "lm_head.weight")
+    name.ends_with("rotary_emb.inv_freq") || (config.text.tied && name == "lm_head.weight")
 }
 
 /// Load the client's part.
@@ -302,21 +339,20 @@ fn known_unused(name: &str, config: &ModelConfig) -> bool {
 /// One list of all missing and misshapen tensors.
 pub fn load_edge(config: &ModelConfig, weights: &Weights, device: &Device) -> Result<EdgeParts, CheckpointError> {
     let mut faults = Vec::new();
-    let vision = weights.load(VisionTower::init(config, device), "vision_tower.", &mut faults);
-    let projector = weights.load(Projector::init(config, device), "multi_modal_projector.", &mut faults);
-    let token_table = token_table(config, weights, &mut faults);
-    if faults.is_empty() {
-        Ok(EdgeParts { vision, projector, token_table })
-    } else {
-        Err(CheckpointError::Tensors(faults))
+    let vision = weights.load(VisionTower::init(config, device), VISION_TOWER, &mut faults);
+    let projector = weights.load(Projector::init(config, device), PROJECTOR, &mut faults);
+    let table = token_table(config, weights, &mut faults);
+    if !faults.is_empty() {
+        return Err(CheckpointError::Tensors(faults));
     }
+    let token_table = TokenTable::from_blob(table).map_err(|fault| CheckpointError::Tensors(vec![fault]))?;
+    Ok(EdgeParts { vision, projector, token_table })
 }
 
 fn token_table(config: &ModelConfig, weights: &Weights, faults: &mut Vec<String>) -> TensorBlob {
     let shape = [config.text.vocab, config.text.hidden];
-    let name = "language_model.embed_tokens.weight";
-    let table = weights.read(name).and_then(|t| {
-        if t.shape == shape { Ok(t) } else { Err(format!("{name}: shape {:?}, expected {shape:?}", t.shape)) }
+    let table = weights.read(TOKEN_TABLE).and_then(|t| {
+        if t.shape == shape { Ok(t) } else { Err(format!("{TOKEN_TABLE}: shape {:?}, expected {shape:?}", t.shape)) }
     });
     table.unwrap_or_else(|fault| {
         faults.push(fault);
@@ -348,47 +384,33 @@ pub fn load_llm(config: &ModelConfig, weights: &Weights, device: &Device) -> Res
     } else {
         llm = weights.load(llm, "language_model.", &mut faults);
     }
-    let expected: BTreeSet<String> = collect_names(&llm, "language_model.");
+    let expected = shapes(&llm, "language_model.");
     faults.extend(
         weights
             .names()
             .filter(|n| n.starts_with("language_model.") || n.starts_with("lm_head."))
-            .filter(|n| {
-                !expected.contains(*n) && *n != "language_model.embed_tokens.weight" && !known_unused(n, config)
-            })
+            .filter(|n| !expected.contains_key(*n) && *n != TOKEN_TABLE && !known_unused(n, config))
             .map(|n| format!("{n}: not part of the model that config.json describes")),
     );
     if faults.is_empty() { Ok(llm) } else { Err(CheckpointError::Tensors(faults)) }
 }
 
-fn collect_names<M: Module>(module: &M, prefix: &str) -> BTreeSet<String> {
-    struct Names<'a>(Path, &'a str, BTreeSet<String>);
-    impl ModuleVisitor for Names<'_> {
+/// Names and shapes of a module's parameters, in the file's layout and without making them; `prefix` as in [`fill`].
+pub fn shapes<M: Module>(module: &M, prefix: &str) -> BTreeMap<String, Vec<usize>> {
+    struct Shapes<'a>(Path, &'a str, BTreeMap<String, Vec<usize>>);
+    impl ModuleVisitor for Shapes<'_> {
         fn enter_module(&mut self, name: &str, container: &str) {
             self.0.push((name.to_owned(), container.to_owned()));
         }
         fn exit_module(&mut self, _: &str, _: &str) {
             self.0.pop();
         }
-        fn visit_float<const N: usize>(&mut self, _: &Param<Tensor<N>>) {
-            self.2.insert(key_of(&self.0, self.1).0);
+        fn visit_float<const N: usize>(&mut self, param: &Param<Tensor<N>>) {
+            let (key, transposed) = key_of(&self.0, self.1);
+            self.2.insert(key, file_shape(param, transposed));
         }
     }
-    let mut names = Names(Vec::new(), prefix, BTreeSet::new());
-    module.visit(&mut names);
-    names.2
-}
-
-/// The client's part of a checkpoint as one f16 safetensors file.
-///
-/// # Errors
-/// One list of all missing tensors, or the library's words.
-pub fn edge_file(config: &ModelConfig, weights: &Weights) -> Result<Vec<u8>, CheckpointError> {
-    let edge = ["vision_tower.", "multi_modal_projector.", "language_model.embed_tokens."];
-    let names = weights.names().filter(|n| edge.iter().any(|p| n.starts_with(p)) && !known_unused(n, config));
-    let tensors = names
-        .map(|n| weights.read(n).map(|blob| (n.to_owned(), blob)))
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(|fault| CheckpointError::Tensors(vec![fault]))?;
-    write(&tensors, Storage::F16, &[]).map_err(|fault| CheckpointError::Tensors(vec![fault]))
+    let mut found = Shapes(Vec::new(), prefix, BTreeMap::new());
+    module.visit(&mut found);
+    found.2
 }

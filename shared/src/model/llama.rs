@@ -81,6 +81,23 @@ pub struct AttentionLayout {
     bias: Tensor<4>, // [B or 1, 1, S, S], 0 where allowed
 }
 
+/// Rotated keys and values of all positions so far, for decoding token by token.
+#[derive(Debug, Clone)]
+pub struct KvCache {
+    layers: Vec<Option<KeysValues>>,
+    length: usize,
+}
+
+/// `[B, KV, S, E]` each.
+type KeysValues = (Tensor<4>, Tensor<4>);
+
+impl KvCache {
+    /// Positions held.
+    pub fn positions(&self) -> usize {
+        self.length
+    }
+}
+
 /// Added to forbidden scores: exp of it is 0 in f32 and it is finite in f16.
 const FORBIDDEN: f32 = -30000.0;
 
@@ -138,7 +155,40 @@ impl Llama {
     pub fn forward(&self, h: Tensor<3>, layout: &AttentionLayout) -> Tensor<3> {
         let mut h = h;
         for layer in &self.layers {
-            h = layer.forward(h, layout);
+            h = layer.forward(h, layout, &mut None);
+        }
+        self.norm.forward(h)
+    }
+
+    /// Residual stream after each decoder layer, and after the final norm.
+    ///
+    /// # Shapes
+    /// - h and all outputs: `[B, S, D]`
+    pub fn layer_outputs(&self, h: Tensor<3>, layout: &AttentionLayout) -> (Vec<Tensor<3>>, Tensor<3>) {
+        let mut outputs = Vec::with_capacity(self.layers.len());
+        let mut h = h;
+        for layer in &self.layers {
+            h = layer.forward(h, layout, &mut None);
+            outputs.push(h.clone());
+        }
+        (outputs, self.norm.forward(h))
+    }
+
+    /// A cache without positions.
+    pub fn new_cache(&self) -> KvCache {
+        KvCache { layers: vec![None; self.layers.len()], length: 0 }
+    }
+
+    /// As [`Self::forward`] for positions that follow those in the cache, whose keys and values are not computed again.
+    ///
+    /// # Shapes
+    /// - h: `[B, S, D]`, only the new positions; output: `[B, S, D]`
+    pub fn forward_cached(&self, h: Tensor<3>, cache: &mut KvCache) -> Tensor<3> {
+        let layout = self.layout_behind(cache.length, h.dims()[1], &h.device());
+        cache.length += h.dims()[1];
+        let mut h = h;
+        for (layer, kept) in self.layers.iter().zip(&mut cache.layers) {
+            h = layer.forward(h, &layout, &mut Some(kept));
         }
         self.norm.forward(h)
     }
@@ -157,44 +207,70 @@ impl Llama {
         self.packed_layout(&[positions], &[vec![0; seq]], device)
     }
 
+    /// Causal attention of `new` positions that follow `past` ones.
+    fn layout_behind(&self, past: usize, new: usize, device: &Device) -> AttentionLayout {
+        let positions: Vec<u32> = (past as u32..(past + new) as u32).collect();
+        let (cos, sin) = self.rotary_tables(&[positions], device);
+        let seen = |i: usize, j: usize| if j <= past + i { 0.0 } else { FORBIDDEN };
+        let bias: Vec<f32> = (0..new).flat_map(|i| (0..past + new).map(move |j| seen(i, j))).collect();
+        let bias = Tensor::from_data(TensorData::new(bias, [1, 1, new, past + new]), device);
+        AttentionLayout { cos, sin, bias }
+    }
+
+    /// Cosines and sines, `[B, 1, S, E/2]` each, of B rows of S positions.
+    fn rotary_tables(&self, positions: &[Vec<u32>], device: &Device) -> (Tensor<4>, Tensor<4>) {
+        let (b, s, half) = (positions.len(), positions.first().map_or(0, Vec::len), self.head_dim / 2);
+        let inverse: Vec<f64> =
+            (0..half).map(|i| self.rope_theta.powf(-2.0 * i as f64 / self.head_dim as f64)).collect();
+        let angles = positions.iter().flatten().flat_map(|&p| inverse.iter().map(move |f| f64::from(p) * f));
+        let (sin, cos): (Vec<f32>, Vec<f32>) = angles.map(|a| (a.sin() as f32, a.cos() as f32)).unzip();
+        let tensor = |data: Vec<f32>| Tensor::from_data(TensorData::new(data, [b, 1, s, half]), device);
+        (tensor(cos), tensor(sin))
+    }
+
     /// Several texts behind one shared prefix: a position sees earlier positions of segment 0 (the prefix) and of its own
     /// segment. With rotary positions counted on from the prefix for each segment this equals separate sequences.
     ///
     /// # Shapes
     /// - positions, segments: B rows of S
     pub fn packed_layout(&self, positions: &[Vec<u32>], segments: &[Vec<u32>], device: &Device) -> AttentionLayout {
-        let (b, s, half) = (positions.len(), positions.first().map_or(0, Vec::len), self.head_dim / 2);
-        let inverse: Vec<f64> =
-            (0..half).map(|i| self.rope_theta.powf(-2.0 * i as f64 / self.head_dim as f64)).collect();
-        let angles = positions.iter().flatten().flat_map(|&p| inverse.iter().map(move |f| f64::from(p) * f));
-        let (sin, cos): (Vec<f32>, Vec<f32>) = angles.map(|a| (a.sin() as f32, a.cos() as f32)).unzip();
+        let (b, s) = (positions.len(), positions.first().map_or(0, Vec::len));
+        let (cos, sin) = self.rotary_tables(positions, device);
         let mut bias = Vec::with_capacity(b * s * s);
         for row in segments {
             for i in 0..s {
                 bias.extend((0..s).map(|j| if j <= i && (row[j] == 0 || row[j] == row[i]) { 0.0 } else { FORBIDDEN }));
             }
         }
-        let tensor = |data: Vec<f32>, shape: [usize; 4]| Tensor::from_data(TensorData::new(data, shape), device);
-        AttentionLayout {
-            cos: tensor(cos, [b, 1, s, half]),
-            sin: tensor(sin, [b, 1, s, half]),
-            bias: tensor(bias, [b, 1, s, s]),
-        }
+        let bias = Tensor::from_data(TensorData::new(bias, [b, 1, s, s]), device);
+        AttentionLayout { cos, sin, bias }
     }
 }
 
 impl DecoderLayer {
-    fn forward(&self, h: Tensor<3>, layout: &AttentionLayout) -> Tensor<3> {
-        let h = h.clone() + self.self_attn.forward(self.input_layernorm.forward(h), layout);
+    fn forward(&self, h: Tensor<3>, layout: &AttentionLayout, kept: &mut Option<&mut Option<KeysValues>>) -> Tensor<3> {
+        let h = h.clone() + self.self_attn.forward(self.input_layernorm.forward(h), layout, kept);
         h.clone() + self.mlp.forward(self.post_attention_layernorm.forward(h))
     }
 }
 
 impl Attention {
-    fn forward(&self, x: Tensor<3>, layout: &AttentionLayout) -> Tensor<3> {
+    /// `kept`: keys and values of earlier positions; the new ones are added.
+    fn forward(&self, x: Tensor<3>, layout: &AttentionLayout, kept: &mut Option<&mut Option<KeysValues>>) -> Tensor<3> {
         let q = rotate(split_heads(self.q_proj.forward(x.clone()), self.heads), layout);
         let k = rotate(split_heads(self.k_proj.forward(x.clone()), self.kv_heads), layout);
         let v = split_heads(self.v_proj.forward(x), self.kv_heads);
+        let (k, v) = match kept {
+            None => (k, v),
+            Some(kept) => {
+                let (k, v) = match kept.take() {
+                    None => (k, v),
+                    Some((past_k, past_v)) => (Tensor::cat(vec![past_k, k], 2), Tensor::cat(vec![past_v, v], 2)),
+                };
+                **kept = Some((k.clone(), v.clone()));
+                (k, v)
+            }
+        };
         let groups = self.heads / self.kv_heads;
         let (k, v) = (repeat_heads(k, groups), repeat_heads(v, groups));
         self.o_proj.forward(attend(q, k, v, Some(layout.bias.clone())))

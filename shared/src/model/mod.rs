@@ -32,11 +32,11 @@ pub fn gelu<const N: usize>(x: Tensor<N>) -> Tensor<N> {
 /// Scaled dot-product attention; `bias` is added to the scores (0 or a large negative number).
 ///
 /// # Shapes
-/// - q, k, v: `[B, H, S, E]`, bias: broadcastable to `[B, H, S, S]`
+/// - q: `[B, H, S, E]`; k, v: `[B, H, K, E]`; bias: broadcastable to `[B, H, S, K]`
 /// - output: `[B, S, H*E]`
 pub(crate) fn attend(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, bias: Option<Tensor<4>>) -> Tensor<3> {
     let [b, h, s, e] = q.dims();
-    let mut scores = (q * (e as f64).powf(-0.5)).matmul(k.swap_dims(2, 3)); // [B,H,S,S]
+    let mut scores = (q * (e as f64).powf(-0.5)).matmul(k.swap_dims(2, 3)); // [B,H,S,K]
     if let Some(bias) = bias {
         scores = scores + bias;
     }

@@ -1,0 +1,276 @@
+//! Reference values (`expected.safetensors`), and the inputs among them that every comparison starts from.
+
+use anyhow::{Context, anyhow, bail, ensure};
+use fednano_shared::config::ModelConfig;
+use fednano_shared::data::text::Encoded;
+use fednano_shared::edge::Batch;
+use fednano_shared::plain::{AdapterState, BoundaryRequest, Target, TensorBlob};
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use std::collections::BTreeMap;
+
+/// What every fault of the reference values is remedied by.
+const REMEDY: &str =
+    "make the reference values anew from this checkpoint's settings with tests/fixtures/make_fixture.py";
+
+enum Values {
+    Floats(TensorBlob),
+    Whole(Vec<usize>, Vec<i64>),
+}
+
+/// All tensors of a reference file, by name.
+pub struct Reference {
+    tensors: BTreeMap<String, Values>,
+}
+
+impl Reference {
+    /// Parse a safetensors file of f32, i64 and u8 tensors.
+    ///
+    /// # Errors
+    /// A damaged file, another number format, or values that are not finite.
+    pub fn parse(bytes: &[u8]) -> anyhow::Result<Self> {
+        let file =
+            SafeTensors::deserialize(bytes).map_err(|e| anyhow!("the reference values are damaged ({e}); {REMEDY}"))?;
+        let mut tensors = BTreeMap::new();
+        for (name, view) in file.iter() {
+            tensors.insert(name.to_owned(), values(name, &view)?);
+        }
+        Ok(Self { tensors })
+    }
+
+    /// Names and shapes of all tensors.
+    pub fn shapes(&self) -> impl Iterator<Item = (&str, &[usize])> {
+        self.tensors.iter().map(|(name, values)| match values {
+            Values::Floats(blob) => (name.as_str(), blob.shape.as_slice()),
+            Values::Whole(shape, _) => (name.as_str(), shape.as_slice()),
+        })
+    }
+
+    /// A tensor of numbers.
+    pub fn floats(&self, name: &str) -> Option<&TensorBlob> {
+        match self.tensors.get(name) {
+            Some(Values::Floats(blob)) => Some(blob),
+            _ => None,
+        }
+    }
+
+    /// Shape and values of a tensor of whole numbers.
+    pub fn whole(&self, name: &str) -> Option<(&[usize], &[i64])> {
+        match self.tensors.get(name) {
+            Some(Values::Whole(shape, data)) => Some((shape, data)),
+            _ => None,
+        }
+    }
+
+    /// The adapter weights that `adapter.*` was computed with, if there are any.
+    ///
+    /// # Errors
+    /// Weights that do not fit each other or the model's width.
+    pub fn adapter(&self, dim: usize) -> anyhow::Result<Option<AdapterState>> {
+        let found = AdapterState::NAMES
+            .iter()
+            .filter_map(|name| Some(((*name).to_owned(), self.floats(&format!("adapter.{name}"))?.clone())));
+        let state = AdapterState(found.collect());
+        let Some(down) = state.0.get("image.down") else {
+            return Ok(None);
+        };
+        let rank = down.shape.first().copied().unwrap_or(0);
+        ensure!(rank > 0, "the reference adapter has rank 0; {REMEDY}");
+        state
+            .check_like(&AdapterState::zeros(rank, dim))
+            .with_context(|| format!("the reference adapter cannot be used; {REMEDY}"))?;
+        Ok(Some(state))
+    }
+
+    fn need(&self, name: &str, shape: &[usize]) -> anyhow::Result<TensorBlob> {
+        let found = self.floats(name).with_context(|| missing(name))?;
+        ensure!(found.shape == shape, misfit(name, &found.shape, shape));
+        Ok(found.clone())
+    }
+
+    fn need_whole(&self, name: &str, shape: &[usize]) -> anyhow::Result<&[i64]> {
+        let (found, data) = self.whole(name).with_context(|| missing(name))?;
+        ensure!(found == shape, misfit(name, found, shape));
+        Ok(data)
+    }
+}
+
+fn missing(name: &str) -> String {
+    format!("the reference values lack '{name}'; {REMEDY}")
+}
+
+fn misfit(name: &str, found: &[usize], shape: &[usize]) -> String {
+    format!("'{name}' of the reference values has shape {found:?}, this checkpoint needs {shape:?}; {REMEDY}")
+}
+
+fn values(name: &str, view: &TensorView<'_>) -> anyhow::Result<Values> {
+    let shape = view.shape().to_vec();
+    Ok(match view.dtype() {
+        Dtype::F32 => {
+            let data: Vec<f32> = view.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+            let blob = TensorBlob { shape, data };
+            blob.check(name, view.shape()).with_context(|| format!("the reference values cannot be used; {REMEDY}"))?;
+            Values::Floats(blob)
+        }
+        Dtype::I64 => {
+            Values::Whole(shape, view.data().as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b)).collect())
+        }
+        Dtype::U8 => Values::Whole(shape, view.data().iter().map(|b| i64::from(*b)).collect()),
+        other => bail!("'{name}' of the reference values is stored as {other}, known are F32, I64 and U8; {REMEDY}"),
+    })
+}
+
+/// What every comparison starts from, checked against the model once.
+pub struct Inputs {
+    /// B
+    pub rows: usize,
+    /// S
+    pub seq: usize,
+    /// D
+    pub dim: usize,
+    /// `[B, S]`, each below the vocabulary's size.
+    pub ids: Vec<u32>,
+    /// Unpadded positions of each row.
+    pub lengths: Vec<usize>,
+    /// Positions of each row's prompt.
+    pub prompt_lengths: Vec<usize>,
+    /// `[B, S]`, true at image tokens.
+    pub image: Vec<bool>,
+    /// Answer tokens of all rows, sorted by row; every row has some.
+    pub targets: Vec<Target>,
+    /// `[B, 3, H, W]`
+    pub pixels: TensorBlob,
+    /// `[B, S, D]`
+    pub embeds: TensorBlob,
+}
+
+impl Inputs {
+    /// Take the inputs out of reference values.
+    ///
+    /// # Errors
+    /// The first tensor that is missing or does not belong to a model of this configuration.
+    pub fn of(reference: &Reference, config: &ModelConfig) -> anyhow::Result<Self> {
+        let (shape, ids) = reference.whole("input_ids").with_context(|| missing("input_ids"))?;
+        let [rows, seq] = shape[..] else {
+            bail!(misfit("input_ids", shape, &[2, config.text.max_positions]));
+        };
+        let (text, size) = (&config.text, config.vision.image_size);
+        ensure!(
+            rows > 0 && (1..=text.max_positions).contains(&seq),
+            misfit("input_ids", shape, &[2, text.max_positions])
+        );
+        let known = |id: i64| u32::try_from(id).ok().filter(|id| (*id as usize) < text.vocab);
+        let ids: Option<Vec<u32>> = ids.iter().map(|id| known(*id)).collect();
+        let ids = ids.with_context(|| format!("'input_ids' exceeds the vocabulary of {}; {REMEDY}", text.vocab))?;
+        let mut lengths = Vec::with_capacity(rows);
+        for row in reference.need_whole("attention_mask", &[rows, seq])?.chunks_exact(seq) {
+            let length = row.iter().take_while(|m| **m == 1).count();
+            ensure!(
+                length > 0 && row[length..].iter().all(|m| *m == 0),
+                "'attention_mask' of the reference values is not that of right-padded rows; {REMEDY}"
+            );
+            lengths.push(length);
+        }
+        let mut prompt_lengths = Vec::with_capacity(rows);
+        for (length, prompt) in lengths.iter().zip(reference.need_whole("prompt_lengths", &[rows])?) {
+            let prompt = usize::try_from(*prompt).ok().filter(|p| (1..=*length).contains(p));
+            prompt_lengths.push(prompt.with_context(|| format!("'prompt_lengths' is outside the rows; {REMEDY}"))?);
+        }
+        let mut targets = Vec::new();
+        for (row, labels) in reference.need_whole("labels", &[rows, seq])?.chunks_exact(seq).enumerate() {
+            let before = targets.len();
+            for (t, label) in labels.iter().enumerate().filter(|(_, l)| **l >= 0) {
+                let token = known(*label).filter(|_| t > 0 && t < lengths[row]);
+                let token = token.with_context(|| format!("'labels' has {label} at [{row}, {t}]; {REMEDY}"))?;
+                targets.push(Target { row: row as u32, position: t as u32 - 1, token });
+            }
+            ensure!(targets.len() > before, "'labels' has no target in row {row}; {REMEDY}");
+        }
+        Ok(Self {
+            rows,
+            seq,
+            dim: text.hidden,
+            ids,
+            lengths,
+            prompt_lengths,
+            image: reference.need_whole("image_mask", &[rows, seq])?.iter().map(|m| *m != 0).collect(),
+            targets,
+            pixels: reference.need("pixel_values", &[rows, 3, size, size])?,
+            embeds: reference.need("inputs_embeds", &[rows, seq, text.hidden])?,
+        })
+    }
+
+    /// Whether a position of `[B, S]`, counted flat, is no padding.
+    pub fn is_real(&self, position: usize) -> bool {
+        self.lengths.get(position / self.seq).is_some_and(|length| position % self.seq < *length)
+    }
+
+    /// The request that the reference answers.
+    pub fn request(&self, hidden: TensorBlob) -> BoundaryRequest {
+        BoundaryRequest { hidden, lengths: self.row_lengths(), targets: self.targets.clone() }
+    }
+
+    /// The batch that the reference adapters are applied to.
+    pub fn batch(&self) -> Batch {
+        let mask = self.image.iter().map(|i| f32::from(u8::from(*i))).collect();
+        Batch {
+            x: self.embeds.clone(),
+            image_mask: TensorBlob { shape: vec![self.rows, self.seq, 1], data: mask },
+            lengths: self.row_lengths(),
+            targets: self.targets.clone(),
+        }
+    }
+
+    fn row_lengths(&self) -> Vec<u32> {
+        self.lengths.iter().map(|l| *l as u32).collect()
+    }
+
+    /// A row as the tokenizer would give it; none unless its image tokens are one run of the model's length.
+    pub fn encoded(&self, row: usize, image_tokens: usize) -> Option<Encoded> {
+        let at = row * self.seq..row * self.seq + self.lengths[row];
+        let image = &self.image[at.clone()];
+        let image_start = image.iter().position(|i| *i)?;
+        let run = image[image_start..].iter().take_while(|i| **i).count();
+        let all = image.iter().filter(|i| **i).count();
+        let fits = run == image_tokens && all == image_tokens;
+        fits.then(|| Encoded { ids: self.ids[at].to_vec(), image_start, prompt_length: self.prompt_lengths[row] })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use safetensors::serialize;
+
+    fn file(dtype: Dtype, bytes: &[u8]) -> Vec<u8> {
+        let view = TensorView::new(dtype, vec![2], bytes).unwrap();
+        serialize([("t", view)], None).unwrap()
+    }
+
+    #[test]
+    fn reads_the_three_formats() {
+        let floats: Vec<u8> = [1.5f32, -2.0].iter().flat_map(|v| v.to_le_bytes()).collect();
+        let reference = Reference::parse(&file(Dtype::F32, &floats)).unwrap();
+        assert_eq!(reference.floats("t").unwrap().data, [1.5, -2.0]);
+        assert_eq!(reference.whole("t"), None);
+        let whole: Vec<u8> = [-100i64, 7].iter().flat_map(|v| v.to_le_bytes()).collect();
+        let reference = Reference::parse(&file(Dtype::I64, &whole)).unwrap();
+        assert_eq!(reference.whole("t"), Some((&[2usize][..], &[-100i64, 7][..])));
+        let reference = Reference::parse(&file(Dtype::U8, &[0, 255])).unwrap();
+        assert_eq!(reference.whole("t"), Some((&[2usize][..], &[0i64, 255][..])));
+    }
+
+    #[test]
+    fn faults_name_cause_and_remedy() {
+        let fault = |bytes: &[u8]| format!("{:#}", Reference::parse(bytes).err().unwrap());
+        let nan: Vec<u8> = [1.0f32, f32::NAN].iter().flat_map(|v| v.to_le_bytes()).collect();
+        for (bytes, word) in [
+            (b"nonsense".to_vec(), "damaged"),
+            (file(Dtype::F32, &nan), "NaN at index 1"),
+            (file(Dtype::F16, &[0; 4]), "stored as F16"),
+        ] {
+            let words = fault(&bytes);
+            assert!(words.contains(word) && words.contains("make_fixture.py"), "{words}");
+        }
+    }
+}

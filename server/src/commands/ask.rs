@@ -1,0 +1,129 @@
+//! `fednano ask`: a question about a picture, answered token by token.
+
+use crate::datasets::read_picture;
+use crate::device::DeviceChoice;
+use crate::edge_download::fetch_edge;
+use crate::fetch::resolve_model;
+use crate::native::{Invite, SocketConnector};
+use crate::store::read_adapter;
+use anyhow::Context;
+use burn::tensor::Device;
+use fednano_shared::ask::Asking;
+use fednano_shared::client::Connector;
+use fednano_shared::edge::NanoEdge;
+use fednano_shared::generate::{AnswerOptions, InProcessTokens, Sampling, TokenSource, answer};
+use fednano_shared::model::adapter::NanoAdapters;
+use fednano_shared::model::checkpoint::load_llm;
+use fednano_shared::model::files::ModelFiles;
+use fednano_shared::plain::AdapterState;
+use fednano_shared::step::FrozenLlm;
+use fednano_shared::wire::{ClientKind, Hello, Purpose};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use tokio_util::sync::CancellationToken;
+
+/// Ask a model about a picture: a server's by invite link, or one on this machine.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The question.
+    question: String,
+    /// File of the picture.
+    #[arg(long)]
+    picture: PathBuf,
+    /// Invite link of a federation whose server holds the LLM.
+    #[arg(long, conflicts_with = "model", required_unless_present = "model")]
+    url: Option<String>,
+    /// Model directory (or a hub id fetched earlier), all on this machine.
+    #[arg(long)]
+    model: Option<String>,
+    /// Adapters to answer with, e.g. DATA-DIR/FEDERATION/adapter-round-0005.safetensors.
+    #[arg(long)]
+    adapter: Option<PathBuf>,
+    /// Where to compute.
+    #[arg(long, value_enum, default_value = "cpu")]
+    device: DeviceChoice,
+    /// Tokens at most.
+    #[arg(long, default_value_t = 128)]
+    max_tokens: usize,
+    /// 0: always the likeliest token; higher is more varied.
+    #[arg(long, default_value_t = 0.0)]
+    temperature: f32,
+    /// Sample from the likeliest tokens that together reach this probability.
+    #[arg(long, default_value_t = 1.0)]
+    top_p: f32,
+    /// Seed of sampling.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+/// Run it.
+///
+/// # Errors
+/// A picture, model, adapter or server that cannot be used.
+pub async fn main(args: &Args) -> anyhow::Result<()> {
+    let sampling = Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed };
+    sampling.check().map_err(anyhow::Error::msg)?;
+    let (device, _) = args.device.open()?;
+    if let Some(link) = &args.url {
+        let invite = Invite::parse(link)?;
+        let (at, place) = (invite.clone(), device.clone());
+        let (edge, edge_bytes) = tokio::task::spawn_blocking(move || fetch_edge(&at, &place, None)).await??;
+        let hello = Hello {
+            federation: invite.federation,
+            name: "a question".into(),
+            kind: ClientKind::Native,
+            device: String::new(),
+            samples: 0,
+            edge_bytes,
+            purpose: Purpose::Ask,
+            resume: None,
+        };
+        let socket = SocketConnector::new(invite.socket, CancellationToken::new()).connect().await?;
+        let mut source = Asking::open(socket, hello).await?;
+        return say(args, &edge, &mut source, sampling, &device).await;
+    }
+    let Some(model) = &args.model else { anyhow::bail!("give --url LINK or --model DIR") };
+    let files = ModelFiles::open(&resolve_model(model)?)?;
+    let edge = NanoEdge::load(&files, &device)?;
+    let autodiff = device.clone().autodiff();
+    let llm = FrozenLlm::new(load_llm(&files.config, &files.weights, &autodiff)?, &files.config.text, &autodiff);
+    drop(files);
+    say(args, &edge, &mut InProcessTokens::new(&llm), sampling, &device).await
+}
+
+/// Print the answer as it grows.
+async fn say<S: TokenSource>(
+    args: &Args,
+    edge: &NanoEdge,
+    source: &mut S,
+    sampling: Sampling,
+    device: &Device,
+) -> anyhow::Result<()> {
+    let picture = read_picture(&args.picture).map_err(anyhow::Error::msg)?;
+    let features = edge.image_features(&[&picture]).await?.concat();
+    let prompt = edge.text.encode(&args.question, None)?;
+    let adapters = args.adapter.as_deref().map(|path| open_adapter(path, edge, device)).transpose()?;
+    let options = AnswerOptions { max_tokens: args.max_tokens, sampling };
+    let mut shown = 0;
+    let text = answer(edge, adapters.as_ref(), (&prompt, &features), options, source, device, |text| {
+        // A token may end in mid-character; what is shown must only grow.
+        if let Some(new) = text.get(shown..).filter(|_| !text.ends_with('\u{fffd}')) {
+            print!("{new}");
+            shown = text.len();
+        }
+        std::io::stdout().flush().is_ok()
+    })
+    .await?;
+    println!("{}", text.get(shown..).unwrap_or_default());
+    Ok(())
+}
+
+fn open_adapter(path: &Path, edge: &NanoEdge, device: &Device) -> anyhow::Result<NanoAdapters> {
+    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let state = read_adapter(&bytes).with_context(|| format!("{} holds no adapters", path.display()))?;
+    let rank = state.0["image.down"].shape.first().copied().unwrap_or(0);
+    state
+        .check_like(&AdapterState::zeros(rank, edge.config.text.hidden))
+        .with_context(|| format!("{} does not fit the model", path.display()))?;
+    Ok(NanoAdapters::from_state(&state, &device.clone().autodiff()))
+}
