@@ -21,12 +21,12 @@ use std::path::Path;
 use tokio_util::sync::CancellationToken;
 
 fn settings() -> FederationSettings {
-    FederationSettings { rounds: 2, min_participants: 2, local_epochs: 3, learning_rate: 1e-2, ..Default::default() }
+    FederationSettings { rounds: 2, min_participants: 2, local_epochs: 2, batch_size: 4, ..Default::default() }
 }
 
 async fn two_clients(server: &Server) -> anyhow::Result<[(Outcome, Heard); 2]> {
     let edge = server.app.held_out.edge.clone();
-    let data = [shard(DemoTheme::Workshop, 1, 16, 4), shard(DemoTheme::Garden, 2, 16, 4)];
+    let data = [shard(DemoTheme::Workshop, 1, 40, 4), shard(DemoTheme::Garden, 2, 40, 4)];
     let caches = [encode(&edge, &data[0]).await?, encode(&edge, &data[1]).await?];
     let (mut a, mut b) = (Heard::default(), Heard::default());
     let (first, second) = tokio::join!(take_part(&edge, &caches[0], &server.socket, "a", &mut a), async {

@@ -80,8 +80,8 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
         min_participants: expected,
         rounds: if attended { 5 } else { 3 },
         local_epochs: 2,
-        // Few samples and few steps: a higher rate than a long federation would take.
-        learning_rate: 1e-2,
+        // Few samples: small batches make more steps of them.
+        batch_size: 4,
         ..Default::default()
     };
     let settings = args.settings.settings(defaults)?;
