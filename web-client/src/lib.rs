@@ -167,6 +167,7 @@ pub mod tab {
 
         /// Ask about any picture, as [`Tab::ask`].
         #[wasm_bindgen(js_name = askPicture)]
+        #[allow(clippy::too_many_arguments)] // JavaScript hands them over one by one
         pub async fn ask_picture(
             &self,
             url: String,
