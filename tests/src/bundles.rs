@@ -41,8 +41,8 @@ pub fn same_features() -> anyhow::Result<()> {
         let whole = features(&NanoEdge::load(&ModelFiles::open(&fixture())?, &Device::flex())?).await?;
         let folder = tempfile::tempdir()?;
         let mut sizes = Vec::new();
-        // The fixture is f32, so f16 rounds. The other two are generous, to be tightened after measurement.
-        for (dtype, limit) in [(EdgeDtype::F16, 2e-3), (EdgeDtype::Int8, 0.1), (EdgeDtype::Int4, 0.8)] {
+        // Twice to three times what was found: 7e-4, 1.5e-2, 0.21 of the largest feature (the fixture is f32, so f16 rounds).
+        for (dtype, limit) in [(EdgeDtype::F16, 2e-3), (EdgeDtype::Int8, 0.03), (EdgeDtype::Int4, 0.4)] {
             let (bundle, _) = prepared(dtype, folder.path())?;
             let found = deviation(&features(&bundle.edge(&Device::flex())?).await?, &whole);
             sizes.push(all_bytes(&bundle.manifest));
