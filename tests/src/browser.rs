@@ -145,7 +145,7 @@ pub fn two_tabs() -> anyhow::Result<()> {
         "--headless",
         "2",
         "--rounds",
-        "2",
+        "3",
         "--device",
         "cpu",
         "--timeout",
