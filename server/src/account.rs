@@ -2,48 +2,32 @@
 //! Nothing is measured here; every line says what it counts. Bytes on the wire are values only, without framing.
 
 use crate::presets::{Part, PublishedTensor, tensors};
+use fednano_shared::bundle::EdgeDtype;
 use fednano_shared::config::ModelConfig;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::ops::{Add, RangeInclusive};
 
-/// How the client's frozen part is stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Serialize)]
-#[value(rename_all = "lower")]
-#[serde(rename_all = "lowercase")]
-pub enum EdgeDtype {
-    /// 4 bytes.
-    F32,
-    /// 2 bytes.
-    F16,
-    /// 1 byte, and an f16 scale for each row; vectors in f16.
-    Int8,
-    /// Half a byte, and an f16 scale for each 32 values of a row; vectors in f16.
-    Int4,
+fn dtype_name(dtype: EdgeDtype) -> &'static str {
+    match dtype {
+        EdgeDtype::F16 => "f16",
+        EdgeDtype::Int8 => "int8",
+        EdgeDtype::Int4 => "int4",
+    }
 }
 
-impl EdgeDtype {
-    fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::F16 => "f16",
-            Self::Int8 => "int8",
-            Self::Int4 => "int4",
-        }
+/// Bytes of a matrix with its scales, as `bundle::quantise` packs it.
+fn matrix_bytes(dtype: EdgeDtype, rows: u64, width: u64) -> u64 {
+    rows * match dtype {
+        EdgeDtype::F16 => 2 * width,
+        EdgeDtype::Int8 => width + 2,
+        EdgeDtype::Int4 => 18 * width.div_ceil(32), // groups are whole: 16 bytes and the scale
     }
+}
 
-    fn matrix(self, rows: u64, width: u64) -> u64 {
-        rows * match self {
-            Self::F32 => 4 * width,
-            Self::F16 => 2 * width,
-            Self::Int8 => width + 2,
-            Self::Int4 => 18 * width.div_ceil(32), // groups are whole: 16 bytes and the scale
-        }
-    }
-
-    fn vector(self, width: u64) -> u64 {
-        if self == Self::F32 { 4 * width } else { 2 * width }
-    }
+/// Vectors are f16 in every form.
+fn vector_bytes(width: u64) -> u64 {
+    2 * width
 }
 
 /// Numbers at the boundary.
@@ -306,7 +290,7 @@ impl<'a> Shape<'a> {
         let dtype = self.options.edge_dtype;
         let of = |t: &PublishedTensor| {
             let (rows, width) = (t.matrix().0 as u64, t.matrix().1 as u64);
-            let bytes = if t.shape.len() < 2 { dtype.vector(width) } else { dtype.matrix(rows, width) };
+            let bytes = if t.shape.len() < 2 { vector_bytes(width) } else { matrix_bytes(dtype, rows, width) };
             Amount { parameters: rows * width, bytes }
         };
         self.tensors.iter().filter(|t| parts.contains(&t.part)).map(of).fold(Amount::default(), Add::add)
@@ -331,7 +315,7 @@ impl<'a> Shape<'a> {
         let table = self.amount(&[Part::TokenTable]);
         let adapters = Amount { parameters: self.adapters, bytes: 4 * self.adapters };
         let line = |key: &'static str, counted: String, amount: Amount| {
-            Line::new(key, counted).parameters(amount.parameters, self.whole).bytes(dtype.name(), amount.bytes)
+            Line::new(key, counted).parameters(amount.parameters, self.whole).bytes(dtype_name(dtype), amount.bytes)
         };
         let (layers, feature) = (self.config.vision.layers, self.config.feature_layer);
         let rows = text.vocab;
@@ -359,7 +343,7 @@ impl<'a> Shape<'a> {
         // Where `<image>` was appended to the language model's vocabulary, what follows it is padding.
         let own = u64::from(self.config.image_token);
         if 2 * own > text.vocab as u64 {
-            let table = Amount { parameters: own * self.width, bytes: dtype.matrix(own, self.width) };
+            let table = Amount { parameters: own * self.width, bytes: matrix_bytes(dtype, own, self.width) };
             lines.push(line(
                 "table.own",
                 format!("token table of the language model's own {own} tokens: without <image> and padding rows"),
@@ -372,9 +356,9 @@ impl<'a> Shape<'a> {
             ));
         }
         Section {
-            title: format!("Client share, stored as {}", dtype.name()),
+            title: format!("Client share, stored as {}", dtype_name(dtype)),
             share_of: "whole model, parameters",
-            forms: vec![dtype.name()],
+            forms: vec![dtype_name(dtype)],
             lines,
         }
     }
@@ -581,9 +565,9 @@ mod tests {
 
     #[test]
     fn quantised_matrices_carry_scales_and_vectors_stay_in_f16() {
-        assert_eq!(EdgeDtype::Int8.matrix(3, 70), 3 * 72);
-        assert_eq!(EdgeDtype::Int4.matrix(3, 70), 3 * 3 * 18);
-        assert_eq!([EdgeDtype::Int4.vector(10), EdgeDtype::F32.vector(10)], [20, 40]);
+        assert_eq!(matrix_bytes(EdgeDtype::Int8, 3, 70), 3 * 72);
+        assert_eq!(matrix_bytes(EdgeDtype::Int4, 3, 70), 3 * 3 * 18);
+        assert_eq!(vector_bytes(10), 20);
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! `fednano account`: what a federation costs, from a model's shape.
 
-use crate::account::{Account, EdgeDtype, Options, Section, account};
+use crate::account::{Account, Options, Section, account};
 use crate::presets;
 use anyhow::Context;
+use fednano_shared::bundle::EdgeDtype;
 use fednano_shared::config::ModelConfig;
 use std::path::Path;
 
@@ -16,7 +17,7 @@ pub struct Args {
     #[arg(long, default_value_t = 64)]
     rank: u64,
     /// How the client's frozen part is stored.
-    #[arg(long, value_enum, default_value = "f16")]
+    #[arg(long, default_value_t = EdgeDtype::F16)]
     edge_dtype: EdgeDtype,
     /// Samples of an optimiser step.
     #[arg(long, default_value_t = 16)]
@@ -190,7 +191,7 @@ mod tests {
     #[test]
     fn every_preset_and_type_has_an_account() {
         for name in presets::NAMES {
-            for dtype in [EdgeDtype::F32, EdgeDtype::F16, EdgeDtype::Int8, EdgeDtype::Int4] {
+            for dtype in [EdgeDtype::F16, EdgeDtype::Int8, EdgeDtype::Int4] {
                 assert!(printed(name, dtype).contains("what is counted"));
             }
         }
