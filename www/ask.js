@@ -1,4 +1,4 @@
-// "Ask the model": one picture, one question, the answers before and after tuning, word by word.
+// "Ask the model": a picture, a question, or both; the answers before and after tuning, word by word.
 import { $, clearError, drawPicture, make, note, showError, socketUrl } from './page.js';
 
 const SUGGESTIONS = 4;
@@ -38,7 +38,10 @@ export class AskView {
       button.onclick = () => this.select(p.index, null);
       return button;
     });
-    $('ask-pictures').replaceChildren(...this.buttons);
+    this.none = make('button', 'No picture', 'none');
+    this.none.type = 'button';
+    this.none.onclick = () => this.select(null, null);
+    $('ask-pictures').replaceChildren(...this.buttons, this.none);
     $('ask').disabled = false;
     this.select(look.pictures.length ? 0 : null, null);
   }
@@ -48,8 +51,10 @@ export class AskView {
     this.file = file;
     $('ask-file-name').textContent = file ? file.name : '';
     (this.buttons ?? []).forEach((b, i) => b.setAttribute('aria-pressed', String(i === picture)));
-    const own = this.look.samples.filter((s) => picture === null || s.picture === picture);
-    const questions = [...new Set(own.map((s) => s.question))].slice(0, SUGGESTIONS);
+    this.none?.setAttribute('aria-pressed', String(picture === null && !file));
+    // Another picture may be asked whatever was asked before; a sample without picture has null there.
+    const own = this.look.samples.filter((s) => file || s.picture === picture);
+    const questions = [...new Set(own.map((s) => s.question))].filter(Boolean).slice(0, SUGGESTIONS);
     $('ask-suggestions').replaceChildren(
       ...questions.map((question) => {
         const button = make('button', question, 'suggestion');
@@ -65,9 +70,8 @@ export class AskView {
 
   async ask() {
     const question = $('question').value.trim();
-    if (!question) return;
-    if (this.picture === null && !this.file) {
-      showError('there is no picture to ask about; choose one above the question');
+    if (!question && this.picture === null && !this.file) {
+      showError('there is neither a picture nor a question; choose a picture or write a question');
       return;
     }
     clearError();

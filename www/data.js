@@ -1,4 +1,4 @@
-// Step 2: a generated demo shard, or own pictures with a question file.
+// Step 2: a generated demo shard, or own pictures with a question file. A sample may lack its picture or its question.
 import { $, clearError, drawPicture, make, note, params, setProgress, showError } from './page.js';
 
 // As in shared/src/data/scene/theme.rs.
@@ -93,12 +93,13 @@ export class DataStep {
   async prepare(summary, source) {
     for (const [id, { card }] of this.cards) card.setAttribute('aria-pressed', String(id === source.shard));
     const answers = summary.answers.map(([answer, count]) => `${answer} (${count})`).join(', ');
-    const words = `${summary.pictures} pictures with ${summary.samples} questions. Most frequent answers: ${answers}.`;
+    const words = `${counted(summary)}. Most frequent answers: ${answers}.`;
     $('data-words').textContent = `${words} Preparing …`;
     setProgress('encode', 0, summary.pictures);
     const { seconds } = await this.tab.call('encode');
     const speed = summary.pictures / Math.max(seconds, 0.001);
-    $('data-words').textContent = `${words} Prepared in ${seconds.toFixed(1)} s (${speed < 10 ? speed.toFixed(1) : Math.round(speed)} pictures a second).`;
+    const fast = summary.pictures ? ` (${speed < 10 ? speed.toFixed(1) : Math.round(speed)} pictures a second)` : '';
+    $('data-words').textContent = `${words} Prepared in ${seconds.toFixed(1)} s${fast}.`;
     note({ type: 'encoded', pictures: summary.pictures, samples: summary.samples, seconds });
     const look = await this.tab.call('look', { pictures: SHOWN, samples: Math.min(summary.samples, MOST_SAMPLES_LOOKED_AT) });
     this.onReady({ ...look, source });
@@ -123,8 +124,8 @@ export class DataStep {
     const questions = all.filter(isQuestions);
     const pictures = all.filter((f) => !isQuestions(f));
     $('own-words').textContent = `${pictures.length} picture files, ${questions.length} question files.`;
-    if (questions.length === 0 || pictures.length === 0) {
-      $('own-words').textContent += questions.length ? ' Now add the pictures.' : ' Now add a question file (.json or .csv).';
+    if (questions.length === 0) {
+      $('own-words').textContent += ' Now add a question file (.json or .csv).';
       return;
     }
     if (questions.length > 1) {
@@ -137,8 +138,13 @@ export class DataStep {
     const [{ name, file }] = questions;
     const asked = this.tab.call('questions', { name, text: await file.text() });
     const summary = await asked.catch((e) => {
+      if (pictures.length === 0 && LACKS_PICTURE.test(e.message)) return null;
       throw causeOf(e, faults, name);
     });
+    if (!summary) {
+      $('own-words').textContent = `${name} speaks of pictures. Now add the pictures.`;
+      return;
+    }
     await this.prepare(summary, { shard: null });
   }
 
@@ -159,11 +165,21 @@ export class DataStep {
   }
 }
 
+/** In words, what a data set holds. */
+function counted({ pictures, samples, textOnly, pictureOnly }) {
+  if (!textOnly && !pictureOnly) return `${pictures} pictures with ${samples} questions`;
+  const lacks = [textOnly && `${textOnly} without a picture`, pictureOnly && `${pictureOnly} without a question`].filter(Boolean);
+  return `${pictures} pictures, ${samples} samples (${lacks.join(', ')})`;
+}
+
+/** As shared's errors begin, and with which name in it. */
+const LACKS_PICTURE = /^'(.+?)' is not a picture that can be read: /;
+
 const withoutFolders = (name) => name.split(/[/\\]/).at(-1);
 
 /** Questions about a chosen file that is no picture: the file is the cause, not its absence. */
 function causeOf(error, faults, questionFile) {
-  const wanted = /^'(.+?)' is not a picture that can be read: /.exec(error.message)?.[1];
+  const wanted = LACKS_PICTURE.exec(error.message)?.[1];
   const fault = wanted && faults.find(({ name }) => withoutFolders(name) === withoutFolders(wanted));
   return fault ? new Error(`${fault.message}, or take its questions out of ${questionFile}`) : error;
 }

@@ -1,11 +1,11 @@
 //! The server as one function: `run(listener, settings, shutdown)`. Tests own port and lifetime.
 
-use crate::coordinator::{self, Federation};
+use crate::coordinator::{self, Federation, Founding};
 use crate::datasets;
 use crate::edge_bundle;
 use crate::held_out::HeldOut;
 use crate::http::{self, Site};
-use crate::llm_host::{self, LlmHandle};
+use crate::llm_host::{self, LlmHandle, Order};
 use crate::session::Shared;
 use crate::store::Store;
 use anyhow::Context;
@@ -55,8 +55,8 @@ pub struct ServerSettings {
     pub held_out: HeldOutSource,
     /// Samples of it that are used after each round (0: all).
     pub evaluation_limit: usize,
-    /// Requests of several clients may share a batch.
-    pub merge_requests: bool,
+    /// Which requests are computed when, and which share a batch.
+    pub order: Order,
 }
 
 /// First seed of demo scenes kept for evaluation; shards of participants use smaller ones.
@@ -65,10 +65,8 @@ pub const HELD_OUT_SEED: u64 = 1 << 40;
 const DOWNLOADS: Duration = Duration::from_secs(10);
 /// Sessions are given this long to say goodbye.
 const GOODBYE: Duration = Duration::from_secs(5);
-/// Waiting for an evaluation for longer than this is said.
-const SHORT: Duration = Duration::from_millis(200);
-/// A merged round is given this long to be evaluated and saved.
-const SETTLE: Duration = Duration::from_secs(60);
+/// Federations are given this long to write down what they have been handed.
+const STOP: Duration = Duration::from_secs(30);
 
 /// A server that is ready to listen.
 pub struct App {
@@ -83,6 +81,11 @@ impl App {
     /// # Errors
     /// A model or a data directory that cannot be used.
     pub async fn start(settings: ServerSettings, device: &Device, shutdown: CancellationToken) -> anyhow::Result<Self> {
+        anyhow::ensure!(
+            settings.order != Order::Lockstep || settings.federations.len() == 1,
+            "in lockstep there can be one federation, here are {}; members of different ones would wait for each other",
+            settings.federations.len()
+        );
         let files = ModelFiles::open(&settings.model)
             .with_context(|| format!("the model directory {} cannot be used", settings.model.display()))?;
         let bundle =
@@ -91,7 +94,7 @@ impl App {
         let edge = Arc::new(bundle.edge(device)?);
         let autodiff = device.clone().autodiff();
         let llm = FrozenLlm::new(load_llm(&files.config, &files.weights, &autodiff)?, &files.config.text, &autodiff);
-        let llm = llm_host::start(llm, settings.merge_requests)?;
+        let llm = llm_host::start(llm, settings.order)?;
         let data = match settings.held_out {
             HeldOutSource::Data(data) => data,
             HeldOutSource::Demo(seed) => demo_held_out(seed),
@@ -103,20 +106,20 @@ impl App {
             rows.truncate(settings.evaluation_limit);
         }
         let held_out = Arc::new(HeldOut { edge, cache, rows, device: device.clone() });
+        // So that it is found from wherever a later run is started.
+        let model_dir = settings.model.canonicalize().unwrap_or_else(|_| settings.model.clone());
         let mut federations = BTreeMap::new();
         for (name, federation) in settings.federations {
             check_name(&name)?;
             let store = Store::open(&settings.data_dir, &name)?;
-            let handle = coordinator::start(
-                &name,
-                federation,
-                &bundle.model_hash,
-                files.config.text.hidden,
-                llm.clone(),
-                held_out.clone(),
-                store,
-            )?;
-            federations.insert(name, handle);
+            let founding = Founding {
+                name: name.clone(),
+                settings: federation,
+                model: bundle.model_hash.clone(),
+                model_dir: model_dir.display().to_string(),
+                dim: files.config.text.hidden,
+            };
+            federations.insert(name, coordinator::start(founding, llm.clone(), held_out.clone(), store)?);
         }
         let shared = Shared { federations, llm, shutdown };
         let site = Site { shared, bundle, www: settings.www, sessions: TaskTracker::new() };
@@ -138,8 +141,8 @@ impl App {
         self.site.shared.llm.clone()
     }
 
-    /// Serve until the shutdown token is cancelled; sessions are told and waited for, and so are merged rounds that are not
-    /// on disk yet. Each wait is bounded.
+    /// Serve until the shutdown token is cancelled; sessions are told and waited for, then the federations end and close their
+    /// stores. Each wait is bounded.
     ///
     /// # Errors
     /// The listener's, or a federation that failed for good.
@@ -163,8 +166,17 @@ impl App {
         if tokio::time::timeout(GOODBYE, self.site.sessions.wait()).await.is_err() {
             tracing::warn!("some sessions did not end in time");
         }
-        self.settle().await;
+        if tokio::time::timeout(STOP, self.stop()).await.is_err() {
+            tracing::warn!("a federation did not end in time; what it has acknowledged is on disk");
+        }
         result
+    }
+
+    /// End the federations and close their stores, so that another server may go on with them.
+    pub async fn stop(&self) {
+        for federation in self.site.shared.federations.values() {
+            federation.stop().await;
+        }
     }
 
     /// The first federation that fails for good, as an error.
@@ -174,29 +186,12 @@ impl App {
             .into_iter()
             .map(|(name, federation)| async move {
                 let cause = federation.failed().await;
-                anyhow::anyhow!("federation '{name}' cannot begin: the untouched model cannot be judged: {cause}")
+                anyhow::anyhow!("federation '{name}' has stopped: {cause}")
             })
             .collect();
         match waits.next().await {
             Some(failure) => failure,
             None => std::future::pending().await, // no federation, no failure
-        }
-    }
-
-    /// A round that is merged but not evaluated is not on disk: wait for it, though not for ever.
-    async fn settle(&self) {
-        let settled = async {
-            for federation in self.site.shared.federations.values() {
-                federation.settled().await;
-            }
-        };
-        tokio::pin!(settled);
-        if tokio::time::timeout(SHORT, &mut settled).await.is_ok() {
-            return;
-        }
-        tracing::info!("waiting at most {} s until the merged round is evaluated and saved", SETTLE.as_secs());
-        if tokio::time::timeout(SETTLE, settled).await.is_err() {
-            tracing::warn!("the merged round was not evaluated in time; after a restart it is trained anew");
         }
     }
 }
@@ -225,13 +220,7 @@ fn check_name(name: &str) -> anyhow::Result<()> {
 pub fn demo_held_out(seed: u64) -> Dataset {
     let mut all = Dataset::default();
     for theme in DemoTheme::ALL {
-        let data = shard(theme, HELD_OUT_SEED + seed, 40, 5);
-        let offset = all.pictures.len();
-        all.pictures.extend(data.pictures);
-        all.samples.extend(data.samples.into_iter().map(|mut s| {
-            s.picture += offset;
-            s
-        }));
+        all.append(shard(theme, HELD_OUT_SEED + seed, 40, 5));
     }
     all
 }

@@ -86,6 +86,15 @@ fn open(folder: &Path, small: &BTreeMap<String, Vec<u8>>) -> Option<Bundle> {
     whole.then(|| Bundle { manifest, manifest_json, folder: folder.to_owned(), small: small.clone(), model_hash })
 }
 
+/// How the bundle of this identity keeps weights, if an earlier run has left it in `cache`.
+pub fn dtype_of(cache: &Path, model_hash: &str) -> Option<EdgeDtype> {
+    let folders = std::fs::read_dir(cache.join("edge")).ok()?;
+    folders.flatten().find_map(|folder| {
+        let manifest = Manifest::from_json(&std::fs::read(folder.path().join(MANIFEST)).ok()?).ok()?;
+        (manifest.identity() == model_hash).then_some(manifest.edge_dtype)
+    })
+}
+
 fn write(
     folder: &Path,
     model: String,

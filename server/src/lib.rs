@@ -11,7 +11,7 @@
 //! | `llm_host` | the thread that owns the LLM's device; batches across clients |
 //! | `store` | what survives on disk |
 //! | `native` | a participant over a real socket |
-//! | `datasets` | question files and picture folders to samples |
+//! | `datasets` | question files, ScienceQA and IconQA with their pictures to samples |
 //! | `device` | CPU, wgpu or CUDA, chosen at run time |
 //! | `check` | a checkpoint against reference values of PyTorch, tensor by tensor |
 //! | `edge_bundle` | the client's half of the model, prepared once as files |

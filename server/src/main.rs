@@ -27,6 +27,9 @@ enum Command {
     Fetch(commands::fetch::Args),
     Account(commands::account::Args),
     RandomModel(commands::random_model::Args),
+    Resume(commands::resume::Args),
+    Export(commands::export::Args),
+    Eval(commands::eval::Args),
 }
 
 #[tokio::main]
@@ -43,6 +46,9 @@ async fn main() -> anyhow::Result<()> {
         Command::Fetch(args) => tokio::task::spawn_blocking(move || commands::fetch::main(&args)).await?,
         Command::Account(args) => commands::account::main(&args),
         Command::RandomModel(args) => tokio::task::spawn_blocking(move || commands::random_model::main(&args)).await?,
+        Command::Resume(args) => commands::resume::main(&args).await,
+        Command::Export(args) => commands::export::main(&args),
+        Command::Eval(args) => commands::eval::main(&args).await,
         Command::Pretrain(args) => tokio::task::spawn_blocking(move || commands::pretrain::main(&args)).await?,
     }
 }

@@ -8,8 +8,9 @@ use fednano_shared::wire::MAX_FRAME;
 use futures_channel::mpsc;
 use futures_util::{Sink, SinkExt, Stream, StreamExt};
 use std::pin::Pin;
+use std::sync::OnceLock;
 use std::task::Poll;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::{Message, protocol::WebSocketConfig};
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
@@ -194,6 +195,11 @@ impl Clock for TokioClock {
     async fn sleep(&self, time: Duration) {
         tokio::time::sleep(time).await;
     }
+
+    fn now(&self) -> Duration {
+        static START: OnceLock<Instant> = OnceLock::new();
+        START.get_or_init(Instant::now).elapsed()
+    }
 }
 
 /// Tells of a participation in lines.
@@ -213,6 +219,14 @@ impl Observer for Lines {
                 println!("[{who}] round {round}: step {step}/{steps}, loss {loss:.3}");
             }
             ClientEvent::Uploaded { round, .. } => println!("[{who}] round {round}: update accepted"),
+            ClientEvent::Waiting { round, .. } => {
+                println!("[{who}] round {round}: not drawn this time, waiting for the next")
+            }
+            ClientEvent::Local { round, local, .. } => println!(
+                "[{who}] round {round}: own test questions {:.1} % as received, {:.1} % with the own adapters",
+                local.global.accuracy * 100.0,
+                local.own.accuracy * 100.0
+            ),
             ClientEvent::NotCounted { round, fault } => println!("[{who}] round {round}: update not counted: {fault}"),
             ClientEvent::Lost { cause, retry_in } => {
                 println!("[{who}] {cause}; trying again in {:.1} s", retry_in.as_secs_f64())

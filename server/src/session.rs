@@ -1,7 +1,7 @@
 //! One connection: handshake, then requests, updates and messages until it ends. Generic over the socket, so that tests and
 //! the simulator run it over channels.
 
-use crate::coordinator::{Federation, only_asks};
+use crate::coordinator::{AFTER_ROUNDS, Federation, only_asks};
 use crate::llm_host::LlmHandle;
 use fednano_shared::generate::NextToken;
 use fednano_shared::plain::{BoundaryReply, EvaluationReply};
@@ -78,9 +78,21 @@ where
             }
         }
         Ok(None) => {}
+        // Its federation has stopped already: it should come back, not give up.
+        Err(_) if shared.shutdown.is_cancelled() => {
+            drop(socket.send(wire::encode(&ServerMessage::Closing(closing()))).await);
+        }
         Err(fault) => refuse(&mut socket, fault).await,
     }
     drop(socket.close().await);
+}
+
+fn closing() -> Fault {
+    Fault {
+        code: FaultCode::Server,
+        cause: "the server is shutting down".into(),
+        remedy: "nothing is lost; this participant goes on when the server is back".into(),
+    }
 }
 
 async fn refuse<S: Sink<Vec<u8>> + Unpin>(socket: &mut S, fault: Fault) {
@@ -150,6 +162,7 @@ where
         let joined = federation.join(hello).await?;
         session.id = Some(joined.id);
         session.connection = joined.connection;
+        session.patience = joined.settings.max_staleness;
         session.outbox = Some(joined.outbox);
         ServerMessage::Welcome {
             participant: joined.id,
@@ -194,7 +207,8 @@ struct Session {
     id: Option<ParticipantId>, // none: only asks
     connection: u64,
     outbox: Option<mpsc::Receiver<ServerMessage>>,
-    round: u32, // of the last Round message sent
+    round: u32,    // the federation's, as last told; AFTER_ROUNDS once all are done
+    patience: u32, // rounds that an update may be late
     in_flight: InFlight,
     traffic: Traffic,  // not yet reported
     text: Option<u64>, // key of the text that this connection generates
@@ -214,6 +228,7 @@ impl Session {
             connection: 0,
             outbox: None,
             round: 0,
+            patience: 0,
             in_flight: FuturesUnordered::new(),
             traffic: Traffic::default(),
             text: None,
@@ -276,13 +291,8 @@ impl Session {
                     (spoke.elapsed() > BEAT).then(|| ServerMessage::Status(self.federation.status()))
                 }
                 () = shared.shutdown.cancelled() => {
-                    let fault = Fault {
-                        code: FaultCode::Server,
-                        cause: "the server is shutting down".into(),
-                        remedy: "nothing is lost; this participant goes on when the server is back".into(),
-                    };
                     // The peer may be gone already; the session ends either way.
-                    let _ = self.send(socket, ServerMessage::Closing(fault)).await;
+                    let _ = self.send(socket, ServerMessage::Closing(closing())).await;
                     return End::Lost;
                 }
             };
@@ -307,7 +317,7 @@ impl Session {
             ClientMessage::Hello(_) => return Err(out_of_order("a second Hello")),
             ClientMessage::Train { id, round, request } => {
                 self.traffic.activations_up += length;
-                if self.id.is_some() && round != self.round {
+                if self.id.is_some() && !self.takes(round) {
                     let fault = Fault {
                         code: FaultCode::StaleRound,
                         cause: format!("the request is for round {round}, this participant is in round {}", self.round),
@@ -318,7 +328,7 @@ impl Session {
                 if let Some(refusal) = self.too_many(id) {
                     return Ok(Some(refusal));
                 }
-                let llm = shared.llm.clone();
+                let llm = shared.llm.of(self.id, if self.round == AFTER_ROUNDS { AFTER_ROUNDS } else { round });
                 self.in_flight.push(Box::pin(async move { Computed::Trained(id, llm.train(request).await) }));
             }
             ClientMessage::Evaluate { id, request } => {
@@ -326,7 +336,7 @@ impl Session {
                 if let Some(refusal) = self.too_many(id) {
                     return Ok(Some(refusal));
                 }
-                let llm = shared.llm.clone();
+                let llm = shared.llm.of(self.id, self.round);
                 self.in_flight.push(Box::pin(async move { Computed::Evaluated(id, llm.evaluate(request).await) }));
             }
             ClientMessage::Progress { round, step, steps, loss } => {
@@ -342,6 +352,13 @@ impl Session {
                     return Err(out_of_order("an update on a connection that only asks"));
                 };
                 self.federation.update(id, update).await;
+            }
+            ClientMessage::Personal { local, .. } => {
+                self.traffic.control_up += length;
+                let Some(id) = self.id else {
+                    return Err(out_of_order("a personal evaluation on a connection that only asks"));
+                };
+                self.federation.personal(id, local).await;
             }
             ClientMessage::Generate { id, request } => {
                 self.traffic.activations_up += length;
@@ -359,6 +376,11 @@ impl Session {
             ClientMessage::Leave => {}
         }
         Ok(None)
+    }
+
+    /// Is there any use in training for this round? Somebody who is late may still be merged later.
+    fn takes(&self, round: u32) -> bool {
+        self.round == AFTER_ROUNDS || (round <= self.round && self.round - round <= self.patience)
     }
 
     fn too_many(&self, id: u64) -> Option<ServerMessage> {
@@ -383,7 +405,14 @@ impl Session {
                 self.round = round;
                 self.traffic.adapters_down += bytes;
             }
-            ServerMessage::Finished { .. } => self.traffic.adapters_down += bytes,
+            ServerMessage::Wait { round, .. } => {
+                self.round = round;
+                self.traffic.control_down += bytes;
+            }
+            ServerMessage::Finished { .. } => {
+                self.round = AFTER_ROUNDS;
+                self.traffic.adapters_down += bytes;
+            }
             _ => self.traffic.control_down += bytes,
         }
         match tokio::time::timeout(WRITE_TIMEOUT, socket.send(frame)).await {

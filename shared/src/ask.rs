@@ -19,13 +19,13 @@ impl Observer for Silent {
 }
 
 impl<T: Transport> Asking<T> {
-    /// Shake hands with [`wire::Purpose::Ask`].
+    /// Shake hands with [`Purpose::Ask`](crate::wire::Purpose::Ask).
     ///
     /// # Errors
     /// [`ClientError`].
     pub async fn open(transport: T, hello: Hello) -> Result<Self, ClientError> {
         // A zero-sized observer: leaking it leaks nothing.
-        let mut link = Link { transport, pending: None, next_id: 0, observer: Box::leak(Box::new(Silent)) };
+        let mut link = Link::new(transport, Box::leak(Box::new(Silent)));
         let failed = |i: Interruption| match i {
             Interruption::Failed(e) => e,
             Interruption::Lost(cause) => ClientError::Unreachable { tries: 1, cause },
@@ -42,17 +42,17 @@ impl<T: Transport> Asking<T> {
 
 impl<T: Transport> LlmBoundary for Asking<T> {
     async fn train(&mut self, request: BoundaryRequest) -> Result<BoundaryReply, BoundaryError> {
-        Remote { link: &mut self.link, round: 0 }.train(request).await
+        Remote::new(&mut self.link, 0, 0).train(request).await
     }
 
     async fn evaluate(&mut self, request: BoundaryRequest) -> Result<EvaluationReply, BoundaryError> {
-        Remote { link: &mut self.link, round: 0 }.evaluate(request).await
+        Remote::new(&mut self.link, 0, 0).evaluate(request).await
     }
 }
 
 impl<T: Transport> TokenSource for Asking<T> {
     async fn next(&mut self, request: GenerateRequest) -> Result<NextToken, BoundaryError> {
-        Remote { link: &mut self.link, round: 0 }.next(request).await
+        Remote::new(&mut self.link, 0, 0).next(request).await
     }
 }
 

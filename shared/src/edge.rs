@@ -50,8 +50,8 @@ pub struct FeatureCache {
 
 /// One sample: which picture, which tokens.
 pub struct CachedSample {
-    /// Index into [`FeatureCache::pictures`].
-    pub picture: usize,
+    /// Index into [`FeatureCache::pictures`]; none: text alone.
+    pub picture: Option<usize>,
     /// Its tokens.
     pub encoded: Encoded,
 }
@@ -61,7 +61,7 @@ pub struct CachedSample {
 pub struct Batch {
     /// `x`: `[B, S, D]`, right-padded with zeros.
     pub x: TensorBlob,
-    /// `[B, S, 1]`, 1 at image positions.
+    /// `[B, S, 1]`, 1 at image positions; rows of text alone have none.
     pub image_mask: TensorBlob,
     /// Real length of each row.
     pub lengths: Vec<u32>,
@@ -122,7 +122,10 @@ impl NanoEdge {
     ) -> Result<FeatureCache, EdgeError> {
         let mut samples = Vec::with_capacity(data.samples.len());
         for s in &data.samples {
-            let encoded = self.text.encode(&s.question, Some(&s.answer))?;
+            let encoded = match s.picture {
+                Some(_) => self.text.encode(&s.question, Some(&s.answer))?,
+                None => self.text.encode_text(&s.question, Some(&s.answer))?,
+            };
             samples.push(CachedSample { picture: s.picture, encoded });
         }
         let mut pictures = Vec::with_capacity(data.pictures.len());
@@ -139,13 +142,14 @@ impl NanoEdge {
             .iter()
             .map(|&r| {
                 let s = &cache.samples[r];
-                (&s.encoded, cache.pictures[s.picture].as_slice())
+                (&s.encoded, s.picture.map(|p| cache.pictures[p].as_slice()).unwrap_or_default())
             })
             .collect();
         self.assemble(&rows)
     }
 
-    /// Assemble `x` from tokens and image features; targets are whatever follows each prompt.
+    /// Assemble `x` from tokens and image features (`P * D` values; none for a row without picture); targets are whatever follows
+    /// each prompt.
     pub fn assemble(&self, rows: &[(&Encoded, &[f32])]) -> Batch {
         let (d, p) = (self.config.text.hidden, self.config.image_tokens());
         let seq = rows.iter().map(|(e, _)| e.ids.len()).max().unwrap_or(0);
@@ -157,9 +161,11 @@ impl NanoEdge {
                 let at = (row * seq + position) * d;
                 self.token_table.row_into(id as usize, &mut x.data[at..at + d]);
             }
-            let start = row * seq + encoded.image_start;
-            x.data[start * d..(start + p) * d].copy_from_slice(features);
-            image_mask.data[start..start + p].fill(1.0);
+            if let Some(image_start) = encoded.image_start {
+                let start = row * seq + image_start;
+                x.data[start * d..(start + p) * d].copy_from_slice(features);
+                image_mask.data[start..start + p].fill(1.0);
+            }
             for position in encoded.prompt_length..encoded.ids.len() {
                 let token = encoded.ids[position];
                 targets.push(Target { row: row as u32, position: position as u32 - 1, token });

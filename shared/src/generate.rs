@@ -227,7 +227,8 @@ pub struct AnswerOptions {
 }
 
 /// Answer a prompt. `on_text` hears the text so far after each token and stops the answer by returning false.
-/// With the prompt go the picture's features, `P * D` values; the text adapter covers the generated tokens too.
+/// With the prompt go the picture's features, `P * D` values (none for a prompt without picture); the text adapter covers the
+/// generated tokens too.
 ///
 /// # Errors
 /// [`StepError`].

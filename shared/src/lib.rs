@@ -3,10 +3,11 @@
 //! | module | what |
 //! | --- | --- |
 //! | `step` | the training step, client's and server's half, in order of execution: start here |
+//! | `optimizer` | AdamW and SGD on the adapters, with a memory that can be kept |
 //! | `edge` | NanoEdge: the frozen part that a client holds |
 //! | `bundle` | the client's half of a model as pieces known by their hash: f16, 8 or 4 bits |
 //! | `wire` | the whole protocol |
-//! | `client` | a participant's round loop, generic over transport and clock |
+//! | `client` | a participant's round loop, generic over transport, clock and keeper |
 //! | `ask` | questions to the model, without taking part in rounds |
 //! | `generate` | decoding token by token, with a cache on the server |
 //! | `aggregate` | merging: one validation, one file for each strategy |
@@ -26,6 +27,7 @@ pub mod data;
 pub mod edge;
 pub mod generate;
 pub mod model;
+pub mod optimizer;
 pub mod plain;
 pub mod probe;
 pub mod settings;

@@ -1,5 +1,6 @@
 //! Plain data that crosses the boundary, the wire and the disk: no tensors of any framework here.
 
+use crate::settings::AdapterChoice;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::collections::BTreeMap;
 
@@ -120,18 +121,59 @@ impl TensorBlob {
     }
 }
 
-/// Adapter weights, gradients or Fisher values by name, in a fixed order.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Adapter weights, gradients or Fisher values by name, in a fixed order; only of the tensors that are trained.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct AdapterState(pub BTreeMap<String, TensorBlob>);
 
 impl AdapterState {
-    /// Names of the four tensors, in order.
+    /// Names of all tensors that there can be, in order.
     pub const NAMES: [&'static str; 4] = ["image.down", "image.up", "text.down", "text.up"];
 
+    /// Names of the trained tensors, in order.
+    pub const fn names(choice: AdapterChoice) -> &'static [&'static str] {
+        match choice {
+            AdapterChoice::Image => &["image.down", "image.up"],
+            AdapterChoice::Text => &["text.down", "text.up"],
+            AdapterChoice::Both => &Self::NAMES,
+        }
+    }
+
     /// Zeros for adapters of `rank` on width `dim`: down `[rank, dim]`, up `[dim, rank]`.
-    pub fn zeros(rank: usize, dim: usize) -> Self {
+    pub fn zeros(choice: AdapterChoice, rank: usize, dim: usize) -> Self {
         let shape = |n: &str| if n.ends_with("down") { [rank, dim] } else { [dim, rank] };
-        Self(Self::NAMES.iter().map(|n| ((*n).to_owned(), TensorBlob::zeros(&shape(n)))).collect())
+        Self(Self::names(choice).iter().map(|n| ((*n).to_owned(), TensorBlob::zeros(&shape(n)))).collect())
+    }
+
+    /// Zeros of the same names and shapes.
+    pub fn zeros_like(&self) -> Self {
+        Self(self.0.iter().map(|(name, blob)| (name.clone(), TensorBlob::zeros(&blob.shape))).collect())
+    }
+
+    /// Which adapters these are, if the names are those of a choice.
+    pub fn choice(&self) -> Option<AdapterChoice> {
+        AdapterChoice::ALL.into_iter().find(|choice| self.0.keys().eq(Self::names(*choice)))
+    }
+
+    /// The rank, if there is a `down` with two axes.
+    pub fn rank(&self) -> Option<usize> {
+        let (_, down) = self.0.iter().find(|(name, _)| name.ends_with("down"))?;
+        match down.shape[..] {
+            [rank, _] => Some(rank),
+            _ => None,
+        }
+    }
+
+    /// Multiply every value.
+    pub fn scale(&mut self, factor: f32) {
+        self.0.values_mut().flat_map(|b| &mut b.data).for_each(|v| *v *= factor);
+    }
+
+    /// Add values of the same names and shapes; what has no counterpart here is left out.
+    pub fn add(&mut self, other: &AdapterState) {
+        for (name, blob) in &mut self.0 {
+            let Some(other) = other.0.get(name) else { continue };
+            blob.data.iter_mut().zip(&other.data).for_each(|(sum, v)| *sum += v);
+        }
     }
 
     /// Check names, shapes and finiteness against `like`.
@@ -328,11 +370,37 @@ mod tests {
 
     #[test]
     fn adapters_must_match_name_by_name() {
-        let like = AdapterState::zeros(2, 4);
+        let like = AdapterState::zeros(AdapterChoice::Both, 2, 4);
         like.check_like(&like).unwrap();
-        assert!(AdapterState::zeros(3, 4).check_like(&like).unwrap_err().to_string().contains("[3, 4]"));
+        let wider = AdapterState::zeros(AdapterChoice::Both, 3, 4);
+        assert!(wider.check_like(&like).unwrap_err().to_string().contains("[3, 4]"));
         let mut missing = like.clone();
         missing.0.remove("text.up");
         assert!(missing.check_like(&like).unwrap_err().to_string().contains("text.up"));
+        assert_eq!(missing.choice(), None);
+    }
+
+    #[test]
+    fn names_tell_the_choice() {
+        for choice in AdapterChoice::ALL {
+            let state = AdapterState::zeros(choice, 2, 4);
+            assert_eq!((state.choice(), state.rank()), (Some(choice), Some(2)));
+            assert_eq!(state.zeros_like(), state);
+            assert_eq!(state.parameters(), AdapterState::names(choice).len() * 8);
+        }
+        assert_eq!((AdapterState::default().choice(), AdapterState::default().rank()), (None, None));
+        let image = AdapterState::zeros(AdapterChoice::Image, 2, 4);
+        assert!(AdapterState::zeros(AdapterChoice::Both, 2, 4).check_like(&image).is_err());
+    }
+
+    #[test]
+    fn sums_and_multiples() {
+        let mut sum = AdapterState::zeros(AdapterChoice::Text, 1, 2);
+        let mut one = sum.clone();
+        one.0.values_mut().for_each(|b| b.data.copy_from_slice(&[1.0, -2.0]));
+        sum.add(&one);
+        sum.add(&one);
+        one.scale(2.0);
+        assert_eq!(sum, one);
     }
 }

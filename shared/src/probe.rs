@@ -6,6 +6,7 @@ use crate::data::scene::{DemoTheme, demo_shard};
 use crate::edge::{EdgeError, NanoEdge};
 use crate::model::adapter::{NanoAdapters, standard_normal};
 use crate::plain::{AdapterState, TensorBlob};
+use crate::settings::AdapterChoice;
 use crate::step::{self, LlmBoundary, StepError};
 use burn::tensor::Device;
 use rand::SeedableRng;
@@ -52,17 +53,18 @@ pub fn shard(theme: DemoTheme, seed: u64, pictures: usize, questions: usize) -> 
     let mut data = Dataset::default();
     for (picture, asked) in demo_shard(theme, seed, pictures, questions) {
         for qa in asked {
-            data.samples.push(Sample { picture: data.pictures.len(), question: qa.question, answer: qa.answer });
+            let picture = Some(data.pictures.len());
+            data.samples.push(Sample { picture, question: qa.question, answer: qa.answer });
         }
         data.pictures.push(picture);
     }
     data
 }
 
-/// Adapters with `up` away from 0, so that every gradient is.
+/// Both adapters, with `up` away from 0, so that every gradient is.
 pub fn adapters(rank: usize, dim: usize) -> AdapterState {
     let mut rng = ChaCha8Rng::seed_from_u64(5);
-    let mut state = NanoAdapters::initial(rank, dim, &mut rng);
+    let mut state = NanoAdapters::initial(AdapterChoice::Both, rank, dim, &mut rng);
     for (name, blob) in &mut state.0 {
         if name.ends_with("up") {
             blob.data.iter_mut().for_each(|v| *v = 0.2 * standard_normal(&mut rng));
@@ -87,8 +89,7 @@ pub async fn run<B: LlmBoundary>(
     let batch = edge.batch(&cache, &rows);
     let hidden = step::adapted(Some(&adapters), &batch, device).await.map_err(StepError::from)?;
     let (reply, adapter_gradients) = step::gradients(&adapters, &batch, boundary, device).await?;
-    let mut fisher = state.clone();
-    fisher.0.values_mut().for_each(|b| b.data.fill(0.0));
+    let mut fisher = state.zeros_like();
     step::fisher_batch(&adapters, &batch, boundary, device, &mut fisher).await?;
     fisher.0.values_mut().flat_map(|b| &mut b.data).for_each(|v| *v /= rows.len() as f32);
     let width = cache.pictures.first().map_or(0, Vec::len);

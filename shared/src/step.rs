@@ -1,20 +1,19 @@
 //! The training step, from features to gradient, in order of execution.
 //!
 //! ```text
-//! x --NanoAdapters--> h --boundary--> frozen LLM --> loss        (client, then server)
-//! g = dL/dh --boundary--> sum(h * g) --backward--> optimiser     (server, then client)
+//! x --NanoAdapters--> h --boundary--> frozen LLM --> loss                  (client, then server)
+//! g = dL/dh --boundary--> sum(h * g) --backward--> clip --> optimiser      (server, then client)
 //! ```
 //!
 //! The client's half comes first, the server's half below it, Fisher at the end.
 
 use crate::edge::{Batch, FeatureCache, NanoEdge};
 use crate::generate::GenerateRequest;
-use crate::model::adapter::{DeviceError, NanoAdapters, TRAINABLE_TENSORS, read};
+use crate::model::adapter::{DeviceError, NanoAdapters, read};
 use crate::model::llama::{KvCache, Llama};
+use crate::optimizer::AdapterOptimizer;
 use crate::plain::{AdapterState, BoundaryReply, BoundaryRequest, EvaluationReply, RequestError, TensorBlob};
-use burn::optim::{GradientsParams, ModuleOptimizer};
 use burn::tensor::{Device, Int, Tensor, TensorData, activation};
-use std::collections::BTreeMap;
 
 /// The place where `h` goes to the frozen LLM and `g` comes back: in-process, or over the wire.
 #[allow(async_fn_in_trait)] // futures need not be Send: a tab has one thread, native clients block on theirs
@@ -52,13 +51,25 @@ pub enum StepError {
     #[error("the server's reply does not fit the request: {0}")]
     Reply(String),
     /// Autodiff lost a parameter; training on would silently leave it at its start.
-    #[error(
-        "{found} of {TRAINABLE_TENSORS} adapter tensors got a gradient; this is a bug in the model code, please report it"
-    )]
+    #[error("{found} of {expected} adapter tensors got a gradient; this is a bug in the model code, please report it")]
     GradientCount {
         /// Gradients found.
         found: usize,
+        /// Trained tensors.
+        expected: usize,
     },
+}
+
+/// What a step does with its gradient.
+pub struct StepRules<'a> {
+    /// Of the optimiser.
+    pub rate: f64,
+    /// FedProx: `mu`, and the adapters that the round started from, without autodiff (Li et al. 2020, arXiv 1812.06127).
+    pub prox: Option<(f64, &'a NanoAdapters)>,
+    /// Longest gradient over all adapter tensors together; 0: any.
+    pub clip_norm: f64,
+    /// Give the squares of each sample's own gradients too.
+    pub squares: bool,
 }
 
 /// What a step tells.
@@ -68,26 +79,60 @@ pub struct StepReport {
     pub loss: f32,
     /// Samples in the batch.
     pub samples: usize,
+    /// Sums over the samples of squared gradients, where asked for: of each sample's own mean loss, at the adapters before the
+    /// step, and so neither clipped nor with FedProx's pull.
+    pub squares: Option<AdapterState>,
 }
 
 // ---------------------------------------------------------------------------------------------- client
 
-/// One optimiser step. On an error `adapters` is unchanged, so the step can be tried again.
+/// One optimiser step over a batch that goes through the boundary in parts, one request each: the step is that of the whole
+/// batch, but for the order of its sums. On an error nothing is changed, so the step can be tried again.
 ///
 /// # Errors
 /// [`StepError`].
 pub async fn train_step<B: LlmBoundary>(
     adapters: &mut NanoAdapters,
-    optimizer: &mut ModuleOptimizer,
-    learning_rate: f64,
-    batch: &Batch,
+    optimizer: &mut AdapterOptimizer,
+    rules: &StepRules<'_>,
+    parts: &[Batch],
     boundary: &mut B,
     device: &Device,
 ) -> Result<StepReport, StepError> {
-    let (h, reply) = forward_through_boundary(adapters, batch, boundary, device).await?;
-    let gradients = surrogate_gradients(adapters, h, &reply.gradient)?;
-    *adapters = optimizer.step(learning_rate, adapters.clone(), gradients);
-    Ok(StepReport { loss: reply.loss, samples: batch.lengths.len() })
+    let targets: usize = parts.iter().map(|part| part.targets.len()).sum();
+    let mut gradients: Vec<Tensor<2>> = Vec::new(); // in the order of `NanoAdapters::named`
+    let (mut loss, mut samples) = (0f64, 0);
+    let mut squares = rules.squares.then(|| adapters.zeros());
+    for part in parts {
+        // The boundary's loss is a mean over the part's targets: in the mean over all it weighs as its share of them.
+        let share = part.targets.len() as f64 / targets.max(1) as f64;
+        let (h, reply) = forward_through_boundary(adapters, part, boundary, device).await?;
+        let own = surrogate_gradients(adapters, h, &reply.gradient)?.into_iter().map(|g| g.mul_scalar(share));
+        gradients = if gradients.is_empty() {
+            own.collect()
+        } else {
+            gradients.into_iter().zip(own).map(|(sum, g)| sum + g).collect()
+        };
+        loss += share * f64::from(reply.loss);
+        samples += part.lengths.len();
+        if let Some(sums) = &mut squares {
+            add_squares(adapters, part, reply.gradient, device, sums).await?;
+        }
+    }
+    if let Some((mu, start)) = rules.prox {
+        // The gradient of mu/2 |theta - theta_start|^2.
+        let away = adapters.values().into_iter().zip(start.values()).map(|(theta, from)| theta - from);
+        gradients = gradients.into_iter().zip(away).map(|(g, away)| g + away.mul_scalar(mu)).collect();
+    }
+    if rules.clip_norm > 0.0 {
+        gradients = clipped(gradients, rules.clip_norm);
+    }
+    let mut gradients = gradients.into_iter();
+    *adapters = adapters.with_values(|name, theta| match gradients.next() {
+        Some(g) => optimizer.step(rules.rate, name, theta, g),
+        None => theta, // there are no parts, or the count would have been wrong
+    });
+    Ok(StepReport { loss: loss as f32, samples, squares })
 }
 
 /// `x` through the adapters, `h` up, `g` down. Returns `h` on the autodiff graph and the checked reply.
@@ -112,14 +157,65 @@ async fn forward_through_boundary<B: LlmBoundary>(
     Ok((h, reply))
 }
 
-/// Backward through the adapters only: the gradient of `sum(h * g)` with `g` constant is that of the loss.
-fn surrogate_gradients(adapters: &NanoAdapters, h: Tensor<3>, g: &TensorBlob) -> Result<GradientsParams, StepError> {
+/// Backward through the adapters only: the gradient of `sum(h * g)` with `g` constant is that of the loss. Off the autodiff
+/// graph, in the order of [`NanoAdapters::named`].
+fn surrogate_gradients(adapters: &NanoAdapters, h: Tensor<3>, g: &TensorBlob) -> Result<Vec<Tensor<2>>, StepError> {
+    let expected = adapters.tensors();
+    if !h.is_tracked() {
+        return Err(StepError::GradientCount { found: 0, expected });
+    }
     let g = tensor(g, &h.device());
-    let gradients = GradientsParams::from_grads((h * g).sum().backward(), adapters);
-    if gradients.len() != TRAINABLE_TENSORS {
-        return Err(StepError::GradientCount { found: gradients.len() });
+    let mut all = (h * g).sum().backward();
+    let found = adapters.named().into_iter().filter_map(|(_, param)| param.val().grad_remove(&mut all));
+    let gradients: Vec<Tensor<2>> = found.collect();
+    if gradients.len() != expected {
+        return Err(StepError::GradientCount { found: gradients.len(), expected });
     }
     Ok(gradients)
+}
+
+/// Added to the norm, so that 0 can be divided by.
+const NEARLY_ZERO: f64 = 1e-12;
+
+/// All of them shortened by the same factor where their common Euclidean norm is above the limit (Pascanu et al. 2013,
+/// arXiv 1211.5063). Stays on the device.
+fn clipped(gradients: Vec<Tensor<2>>, limit: f64) -> Vec<Tensor<2>> {
+    let squares = gradients.iter().map(|g| g.clone().square().sum()).reduce(|sum, s| sum + s); // [1]
+    let Some(squares) = squares else {
+        return gradients;
+    };
+    let factor = squares.sqrt().add_scalar(NEARLY_ZERO).recip().mul_scalar(limit).clamp_max(1.0);
+    gradients.into_iter().map(|g| g.mul(factor.clone().unsqueeze::<2>())).collect()
+}
+
+/// Add the squares of each sample's own gradient to `sums`.
+///
+/// The boundary's loss is a mean over the batch's targets; row i of `g` times (targets in the batch / targets of sample i)
+/// is the gradient of sample i's own loss, so one reply serves the whole batch.
+async fn add_squares(
+    adapters: &NanoAdapters,
+    batch: &Batch,
+    mut g: TensorBlob,
+    device: &Device,
+    sums: &mut AdapterState,
+) -> Result<(), StepError> {
+    let [rows, seq, dim] = batch.x.shape[..] else {
+        return Err(StepError::Reply("the batch is misshapen".into()));
+    };
+    let mut counts = vec![0f32; rows];
+    batch.targets.iter().for_each(|t| counts[t.row as usize] += 1.0);
+    for (row, chunk) in g.data.chunks_exact_mut(seq * dim).enumerate() {
+        let scale = batch.targets.len() as f32 / counts[row].max(1.0);
+        chunk.iter_mut().for_each(|v| *v *= scale);
+    }
+    let (x, mask) = (tensor(&batch.x, device), tensor(&batch.image_mask, device));
+    for (name, gradient) in adapters.per_sample_gradients(x, tensor(&g, device), mask) {
+        let squares = read(gradient.powi_scalar(2).sum_dim(0)).await?; // [B,..] -> [1,..]
+        if let Some(sum) = sums.0.get_mut(name) {
+            sum.data.iter_mut().zip(&squares.data).for_each(|(s, v)| *s += v);
+        }
+    }
+    Ok(())
 }
 
 /// Loss and adapter gradients of a batch without a step, as plain data (tests, comparisons between devices).
@@ -133,15 +229,12 @@ pub async fn gradients<B: LlmBoundary>(
     device: &Device,
 ) -> Result<(BoundaryReply, AdapterState), StepError> {
     let (h, reply) = forward_through_boundary(adapters, batch, boundary, device).await?;
-    let mut gradients = surrogate_gradients(adapters, h, &reply.gradient)?;
-    let mut state = BTreeMap::new();
-    for (name, param) in adapters.named() {
-        let Some(gradient) = gradients.remove::<2>(param.id) else {
-            return Err(StepError::GradientCount { found: state.len() });
-        };
-        state.insert(name.to_owned(), read(gradient).await?);
+    let gradients = surrogate_gradients(adapters, h, &reply.gradient)?;
+    let mut state = AdapterState::default();
+    for ((name, _), gradient) in adapters.named().into_iter().zip(gradients) {
+        state.0.insert(name.to_owned(), read(gradient).await?);
     }
-    Ok((reply, AdapterState(state)))
+    Ok((reply, state))
 }
 
 /// `h` of a batch for evaluation or decoding: adapters applied, nothing recorded.
@@ -404,9 +497,7 @@ impl LlmBoundary for InProcess<'_> {
 // ---------------------------------------------------------------------------------------------- Fisher
 
 /// Diagonal empirical Fisher of the adapters: mean over samples of squared per-sample gradients (FedNano, arXiv 2506.14824).
-///
-/// The boundary's loss is a mean over the batch's targets; row i of `g` times (targets in the batch / targets of sample i)
-/// is the gradient of sample i's own loss, so one reply serves the whole batch.
+/// Adds a batch's squares to `sums`, which must have the adapters' names and shapes.
 ///
 /// # Errors
 /// [`StepError`].
@@ -418,24 +509,7 @@ pub async fn fisher_batch<B: LlmBoundary>(
     sums: &mut AdapterState,
 ) -> Result<(), StepError> {
     let (_, reply) = forward_through_boundary(adapters, batch, boundary, device).await?;
-    let [rows, seq, dim] = batch.x.shape[..] else {
-        return Err(StepError::Reply("the batch is misshapen".into()));
-    };
-    let mut counts = vec![0f32; rows];
-    batch.targets.iter().for_each(|t| counts[t.row as usize] += 1.0);
-    let mut g = reply.gradient;
-    for (row, chunk) in g.data.chunks_exact_mut(seq * dim).enumerate() {
-        let scale = batch.targets.len() as f32 / counts[row].max(1.0);
-        chunk.iter_mut().for_each(|v| *v *= scale);
-    }
-    let plain = device.clone();
-    let gradients =
-        adapters.per_sample_gradients(tensor(&batch.x, &plain), tensor(&g, &plain), tensor(&batch.image_mask, &plain));
-    for (gradient, sum) in gradients.into_iter().zip(sums.0.values_mut()) {
-        let squares = read(gradient.powi_scalar(2).sum_dim(0)).await?; // [B,..] -> [1,..]
-        sum.data.iter_mut().zip(&squares.data).for_each(|(s, v)| *s += v);
-    }
-    Ok(())
+    add_squares(adapters, batch, reply.gradient, device, sums).await
 }
 
 fn tensor<const N: usize>(blob: &TensorBlob, device: &Device) -> Tensor<N> {

@@ -8,7 +8,7 @@ use crate::step::Evaluation;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// Changes with every change of a message.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 /// Largest frame either side accepts, bytes: activations of a batch of 8 at LLaVA-1.5-7B's shape in f32.
 pub const MAX_FRAME: usize = 96 << 20;
 /// Longest name or federation id, bytes.
@@ -116,6 +116,13 @@ pub enum ClientMessage {
     },
     /// This connection's text is over; its cache can go.
     StopGenerating,
+    /// After `Finished`, what the participant's personal adapters are worth to it (strategy `feddpa-f`); needs no answer.
+    Personal {
+        /// The federation's last round.
+        round: u32,
+        /// The federation's adapters, and the mix with the personal ones.
+        local: LocalEvaluation,
+    },
 }
 
 /// What a participant uploads: adapters only.
@@ -123,14 +130,25 @@ pub enum ClientMessage {
 pub struct Update {
     /// Round it was trained in.
     pub round: u32,
-    /// Trained adapters.
+    /// Trained adapters; no tensors with strategy `local`.
     pub adapter: AdapterState,
-    /// Diagonal Fisher, for strategy `fisher`.
+    /// Diagonal Fisher, for the strategies that merge by it.
     pub fisher: Option<AdapterState>,
     /// Samples trained on.
     pub samples: u32,
     /// Mean training loss of the round, nats.
     pub loss: f32,
+    /// On the participant's own test samples, if it keeps any.
+    pub local: Option<LocalEvaluation>,
+}
+
+/// A participant's own test samples, on which it never trains: its judgement, made through the boundary.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct LocalEvaluation {
+    /// With the adapters that the round began with.
+    pub global: Evaluation,
+    /// With the own adapters after training.
+    pub own: Evaluation,
 }
 
 /// Cause and remedy, in words for a person.
@@ -185,6 +203,8 @@ pub enum Phase {
     Evaluating,
     /// All rounds done.
     Finished,
+    /// Too few participants are there to end the round; what is accepted of it stays.
+    Paused,
 }
 
 /// One line of the participants' table.
@@ -210,6 +230,10 @@ pub struct ParticipantStatus {
     pub updated: bool,
     /// Bytes so far.
     pub traffic: Traffic,
+    /// Its newest judgement on its own test samples.
+    pub local: Option<LocalEvaluation>,
+    /// It trains in the current round.
+    pub selected: bool,
 }
 
 /// Bytes of frames by kind, as counted at the server's socket.
@@ -238,8 +262,12 @@ pub struct RoundResult {
     pub round: u32,
     /// Merged model on the held-out set.
     pub held_out: Evaluation,
-    /// Whose updates were merged, in order.
+    /// Whose updates were merged, in order; those of earlier rounds are in `late`.
     pub participants: Vec<ParticipantId>,
+    /// Whose updates of earlier rounds were merged too, in order.
+    pub late: Vec<ParticipantId>,
+    /// Means of the participants' own judgements, weighted by their test samples.
+    pub local: Option<LocalEvaluation>,
     /// Their mean training loss.
     pub training_loss: Option<f32>,
     /// From broadcast to evaluated, seconds.
@@ -267,6 +295,7 @@ pub struct Status {
 
 /// Downward.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(clippy::large_enum_variant)] // the welcome is large, and comes once a connection
 pub enum ServerMessage {
     /// Handshake accepted.
     Welcome {
@@ -318,7 +347,8 @@ pub enum ServerMessage {
     UpdateRefused {
         /// Its round.
         round: u32,
-        /// Why; `StaleRound` means: wait for the next round.
+        /// Why. After `StaleRound`, `OutOfOrder` and `Finished` the participant waits for what comes next; after anything else it
+        /// gives up.
         fault: Fault,
     },
     /// Something changed.
@@ -336,6 +366,13 @@ pub enum ServerMessage {
         id: u64,
         /// The token that follows.
         next: NextToken,
+    },
+    /// Not selected in this round: wait for one of the next.
+    Wait {
+        /// The round that others train in.
+        round: u32,
+        /// Rounds until the next selection that may name this participant, if that is known.
+        rounds_until: Option<u32>,
     },
 }
 
@@ -425,7 +462,7 @@ mod tests {
     #[test]
     fn golden_bytes() {
         let expected = [
-            b'F', b'N', 3, 0, // frame, version
+            b'F', b'N', 4, 0, // frame, version
             1, 7, 2, // Train, id, round
             3, 1, 2, 1, 8, 0, 0, 0x80, 0x3f, 0, 0, 0, 0xbf, // shape, byte length, values
             1, 2, // lengths
@@ -433,6 +470,30 @@ mod tests {
         ];
         assert_eq!(encode(&train()), expected);
         assert_eq!(decode::<ClientMessage>(&expected).unwrap(), train());
+    }
+
+    #[test]
+    fn golden_bytes_of_an_update() {
+        let judged = |accuracy| Evaluation { accuracy, loss: 2.0, samples: 3 };
+        let down = TensorBlob { shape: vec![1, 1], data: vec![1.0] };
+        let update = ClientMessage::Update(Update {
+            round: 2,
+            adapter: AdapterState([("text.down".to_owned(), down)].into()),
+            fisher: None,
+            samples: 5,
+            loss: 1.0,
+            local: Some(LocalEvaluation { global: judged(0.5), own: judged(1.0) }),
+        });
+        let mut expected = vec![b'F', b'N', 4, 0, 4, 2, 1, 9]; // frame, version, Update, round, tensors, length of a name
+        expected.extend(b"text.down");
+        expected.extend([2, 1, 1, 4, 0, 0, 0x80, 0x3f]); // shape, byte length, value
+        expected.extend([0, 5, 0, 0, 0x80, 0x3f, 1]); // no Fisher, samples, loss, a judgement
+        expected.extend([0, 0, 0, 0, 0, 0, 0xe0, 0x3f, 0, 0, 0, 0, 0, 0, 0, 0x40, 3]); // accuracy, loss, samples
+        expected.extend([0, 0, 0, 0, 0, 0, 0xf0, 0x3f, 0, 0, 0, 0, 0, 0, 0, 0x40, 3]);
+        assert_eq!(encode(&update), expected);
+        assert_eq!(decode::<ClientMessage>(&expected).unwrap(), update);
+        let wait = ServerMessage::Wait { round: 3, rounds_until: None };
+        assert_eq!(encode(&wait), [b'F', b'N', 4, 0, 12, 3, 0]);
     }
 
     #[test]

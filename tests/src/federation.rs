@@ -4,20 +4,22 @@ use anyhow::Context;
 use burn::tensor::Device;
 use fednano_server::app::{App, HeldOutSource, ServerSettings, bind};
 use fednano_server::native::{Socket, SocketConnector};
-use fednano_server::store::{Store, read_adapter};
-use fednano_shared::bundle::EdgeDtype;
+use fednano_server::store::Store;
+use fednano_shared::aggregate::StrategyState;
 use fednano_shared::client::{Connector, Outcome, Transport};
 use fednano_shared::data::dataset::Dataset;
 use fednano_shared::data::scene::DemoTheme;
 use fednano_shared::plain::AdapterState;
 use fednano_shared::probe::shard;
 use fednano_shared::settings::{FederationSettings, Strategy};
+use fednano_shared::step::Evaluation;
 use fednano_shared::wire::{
-    self, ClientMessage, FaultCode, Hello, ParticipantId, Phase, Purpose, ServerMessage, SessionToken, Status, Update,
+    self, ClientMessage, FaultCode, Hello, ParticipantId, Phase, Purpose, RoundResult, ServerMessage, SessionToken,
+    Status, Update,
 };
-use fednano_tests::{Heard, LIMIT, Server, block, encode, hello, nano_llava, repository, take_part};
-use std::collections::BTreeMap;
+use fednano_tests::{Heard, LIMIT, Server, block, encode, hello, nano_llava, server_settings, take_part};
 use std::path::Path;
+use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 fn settings() -> FederationSettings {
@@ -58,10 +60,8 @@ pub fn two_native_clients() -> anyhow::Result<()> {
             anyhow::ensure!(r.participants.len() == 2, "round {} merged {:?}", r.round, r.participants);
         }
         for (outcome, heard) in &clients {
-            anyhow::ensure!(
-                *outcome == Outcome::Finished(federation.adapter()),
-                "a client has other adapters than the server"
-            );
+            let same = matches!(outcome, Outcome::Finished { adapter, .. } if *adapter == federation.adapter());
+            anyhow::ensure!(same, "a client has other adapters than the server");
             anyhow::ensure!(heard.0.iter().filter(|e| e.starts_with("uploaded")).count() == 2, "{:?}", heard.0);
         }
         for p in &status.participants {
@@ -114,13 +114,13 @@ pub fn restart() -> anyhow::Result<()> {
             let federation = server.app.federation("test").ok_or_else(|| anyhow::anyhow!("no federation"))?;
             // In the middle of round 2.
             while federation.status().round < 2 || federation.status().participants[0].progress.0 < 2 {
-                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+                tokio::time::sleep(Duration::from_millis(5)).await;
             }
             server.stop().await?;
             Server::start_on(&address, settings, folder.path()).await
         });
         let restarted = restarted?;
-        anyhow::ensure!(matches!(outcome?, Outcome::Finished(_)), "the client did not finish");
+        anyhow::ensure!(matches!(outcome?, Outcome::Finished { .. }), "the client did not finish");
         let status = restarted.app.federation("test").map(|f| f.status());
         let status = status.ok_or_else(|| anyhow::anyhow!("no federation"))?;
         anyhow::ensure!(status.phase == Phase::Finished && status.history.len() == 4, "{status:?}");
@@ -163,7 +163,7 @@ pub fn restart_with_two() -> anyhow::Result<()> {
                 // In the middle of round 2.
                 let midway = |s: &Status| s.round >= 2 && s.participants.iter().any(|p| p.progress.0 >= 2);
                 while !midway(&federation.status()) {
-                    tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+                    tokio::time::sleep(Duration::from_millis(5)).await;
                 }
                 server.stop().await?;
                 Server::start_on(&address, settings, folder.path()).await
@@ -171,7 +171,7 @@ pub fn restart_with_two() -> anyhow::Result<()> {
         );
         let restarted = restarted?;
         for (outcome, heard) in [(first?, a), (second?, b)] {
-            anyhow::ensure!(matches!(outcome, Outcome::Finished(_)), "a client did not finish");
+            anyhow::ensure!(matches!(outcome, Outcome::Finished { .. }), "a client did not finish");
             anyhow::ensure!(heard.0.contains(&"joined resumed=true".to_owned()), "{:?}", heard.0);
         }
         let status = restarted.app.federation("test").context("no federation")?.finished().await;
@@ -221,7 +221,7 @@ impl ByHand {
 
     /// Send an update, hear what becomes of it: the fault's code, if it is refused.
     async fn update(&mut self, round: u32, adapter: AdapterState, samples: u32) -> anyhow::Result<Option<FaultCode>> {
-        let update = Update { round, adapter, fisher: None, samples, loss: 1.0 };
+        let update = Update { round, adapter, fisher: None, samples, loss: 1.0, local: None };
         self.socket.send(wire::encode(&ClientMessage::Update(update))).await?;
         match self.next().await? {
             ServerMessage::UpdateAccepted { round: r } if r == round => Ok(None),
@@ -252,7 +252,7 @@ fn all(state: &AdapterState, value: f32) -> bool {
 
 /// The adapters that a server's folder holds for a round.
 fn on_disk(folder: &Path, round: u32) -> anyhow::Result<AdapterState> {
-    read_adapter(&std::fs::read(folder.join(format!("test/adapter-round-{round:04}.safetensors")))?)
+    Store::open(folder, "test")?.adapter(round)
 }
 
 fn by_hand(rounds: u32, min_participants: usize) -> FederationSettings {
@@ -283,25 +283,25 @@ pub fn second_update() -> anyhow::Result<()> {
     })
 }
 
-/// Finite but huge: its merge cannot be judged, so the old adapters stay and the next round is as if it had not been.
+/// Finite but huge: it is refused, its sender is out of the round, and the next one goes on as if it had not been.
 pub fn huge_update() -> anyhow::Result<()> {
     block(LIMIT, async {
         let folder = tempfile::tempdir()?;
         let server = Server::start(by_hand(2, 1), folder.path()).await?;
         let mut a = ByHand::join(&server, hello("a", 3, Purpose::Train)).await?;
         let start = a.round(1).await?;
-        anyhow::ensure!(a.update(1, filled(&start, 1e30), 3).await?.is_none(), "it is finite, so it counts");
-        anyhow::ensure!(a.round(2).await? == start, "a merge that cannot be judged was adopted");
-        anyhow::ensure!(on_disk(folder.path(), 1)? == start, "a merge that cannot be judged was saved");
-        anyhow::ensure!(a.update(2, filled(&start, 0.01), 3).await?.is_none(), "a sound update is refused");
-        anyhow::ensure!(all(&a.finished().await?, 0.01), "the next round was not merged");
+        let answer = a.update(1, filled(&start, 1e30), 3).await?;
+        anyhow::ensure!(answer == Some(FaultCode::Invalid), "a huge update: {answer:?}");
+        let mut b = ByHand::join(&server, hello("b", 3, Purpose::Train)).await?;
+        anyhow::ensure!(b.round(1).await? == start, "something of the huge update is left");
+        anyhow::ensure!(b.update(1, filled(&start, 0.01), 3).await?.is_none(), "a sound update is refused");
+        let next = b.round(2).await?;
+        anyhow::ensure!(all(&next, 0.01) && on_disk(folder.path(), 1)? == next, "round 1 was not merged");
+        anyhow::ensure!(b.update(2, filled(&start, 0.02), 3).await?.is_none(), "a sound update is refused");
+        anyhow::ensure!(all(&b.finished().await?, 0.02), "round 2 was not merged");
         let status = server.app.federation("test").context("no federation")?.finished().await;
-        let [before, failed, after] = &status.history[..] else {
-            anyhow::bail!("{} results, expected 3", status.history.len());
-        };
-        anyhow::ensure!(failed.held_out == before.held_out, "{failed:?} does not repeat {before:?}");
-        anyhow::ensure!(failed.participants.is_empty(), "what is not adopted is nobody's: {failed:?}");
-        anyhow::ensure!(after.participants == [ParticipantId(1)] && after.held_out.samples > 0, "{after:?}");
+        let merged: Vec<_> = status.history[1..].iter().map(|r| r.participants.as_slice()).collect();
+        anyhow::ensure!(merged == [[ParticipantId(2)], [ParticipantId(2)]], "{merged:?}");
         server.stop().await
     })
 }
@@ -324,7 +324,7 @@ pub fn newcomer_during_evaluation() -> anyhow::Result<()> {
     })
 }
 
-/// A server that is told to stop while it evaluates a merge saves it first.
+/// A server that is told to stop while it evaluates a merge loses nothing: the next one merges the same, with nobody there.
 pub fn stop_during_evaluation() -> anyhow::Result<()> {
     block(LIMIT, async {
         let folder = tempfile::tempdir()?;
@@ -333,10 +333,57 @@ pub fn stop_during_evaluation() -> anyhow::Result<()> {
         let start = a.round(1).await?;
         anyhow::ensure!(a.update(1, filled(&start, 0.01), 3).await?.is_none(), "a sound update is refused");
         server.stop().await?;
-        let (state, adapter) = Store::open(folder.path(), "test")?.load()?.context("nothing is saved")?;
-        let last = state.history.last().context("no result is saved")?;
-        anyhow::ensure!(last.round == 1 && last.held_out.samples > 0, "{last:?}");
-        anyhow::ensure!(all(&adapter, 0.01), "the merge is not saved");
+        let saved = Store::open(folder.path(), "test")?.load()?.context("nothing is saved")?;
+        let rounds = saved.history.len() - 1;
+        anyhow::ensure!(saved.updates.len() + rounds == 1, "{} updates, {rounds} rounds", saved.updates.len());
+        let server = Server::start(by_hand(2, 1), folder.path()).await?;
+        let federation = server.app.federation("test").context("no federation")?;
+        while federation.status().history.len() < 2 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let status = federation.status();
+        anyhow::ensure!(status.history[1].participants == [ParticipantId(1)], "{:?}", status.history[1]);
+        anyhow::ensure!(all(&federation.adapter(), 0.01), "the merge is another one");
+        server.stop().await
+    })
+}
+
+/// Somebody else writes into the same federation, so that a round cannot be begun on disk: nobody is told that it has, everybody is
+/// told to come back later, and the server ends with cause and remedy.
+pub fn write_that_fails() -> anyhow::Result<()> {
+    block(LIMIT, async {
+        let folder = tempfile::tempdir()?;
+        let server = Server::start(by_hand(2, 2), folder.path()).await?;
+        let federation = server.app.federation("test").context("no federation")?;
+        while federation.status().history.is_empty() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let mut a = ByHand::join(&server, hello("a", 3, Purpose::Train)).await?;
+        let (other, me) = (Store::open(folder.path(), "test")?, ParticipantId(1));
+        let adapter = other.adapter(0)?;
+        let update = Update { round: 1, adapter: adapter.clone(), fisher: None, samples: 3, loss: 1.0, local: None };
+        let result = RoundResult {
+            round: 1,
+            held_out: Evaluation::default(),
+            participants: vec![me],
+            late: Vec::new(),
+            local: None,
+            training_loss: None,
+            seconds: 0.0,
+        };
+        other.begin_round(1, 1, &[me])?;
+        other.accept(me, &update)?;
+        other.merged(&result, &adapter, &StrategyState::default(), &[(me, 1)])?;
+        let _b = ByHand::join(&server, hello("b", 3, Purpose::Train)).await?;
+        match a.next().await? {
+            ServerMessage::Closing(fault) => anyhow::ensure!(!fault.remedy.is_empty(), "{fault}"),
+            other => anyhow::bail!("{other:?}, though it is not on disk"),
+        }
+        let cause = federation.failed().await;
+        let words = server.stop().await.err().context("the server ended as if all were well")?.to_string();
+        println!("{words}");
+        anyhow::ensure!(cause.contains("two servers") && words.contains(&cause) && words.contains("'test'"), "{words}");
+        anyhow::ensure!(federation.status().history.len() == 1, "{:?}", federation.status().history);
         Ok(())
     })
 }
@@ -371,16 +418,9 @@ pub fn nothing_to_judge() -> anyhow::Result<()> {
     block(LIMIT, async {
         let folder = tempfile::tempdir()?;
         let listener = bind("127.0.0.1:0").await?;
-        let server = ServerSettings {
-            model: nano_llava(),
-            www: repository().join("www"),
-            data_dir: folder.path().to_owned(),
-            edge_dtype: EdgeDtype::F16,
-            federations: BTreeMap::from([("test".to_owned(), settings())]),
-            held_out: HeldOutSource::Data(Dataset::default()),
-            evaluation_limit: 0,
-            merge_requests: true,
-        };
+        let nothing = HeldOutSource::Data(Dataset::default());
+        let server = server_settings(nano_llava(), nothing, settings(), folder.path());
+        let server = ServerSettings { evaluation_limit: 0, ..server };
         let app = App::start(server, &Device::flex(), CancellationToken::new()).await?;
         let words = app.serve(listener).await.err().context("it was served all the same")?.to_string();
         println!("{words}");

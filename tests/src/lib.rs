@@ -3,10 +3,11 @@
 use anyhow::Context;
 use burn::tensor::Device;
 use fednano_server::app::{App, HeldOutSource, ServerSettings};
-use fednano_server::native::SocketConnector;
+use fednano_server::llm_host::Order;
+use fednano_server::native::{SocketConnector, TokioClock};
 use fednano_shared::ask::Asking;
 use fednano_shared::bundle::EdgeDtype;
-use fednano_shared::client::{ClientEvent, Connector, Observer, Outcome, Participant, participate};
+use fednano_shared::client::{ClientEvent, Clock, Connector, Forgetful, Observer, Outcome, Participant, participate};
 use fednano_shared::data::dataset::Dataset;
 use fednano_shared::edge::{FeatureCache, NanoEdge};
 use fednano_shared::model::checkpoint::load_llm;
@@ -132,6 +133,25 @@ pub fn halves(dir: &Path, device: &Device) -> anyhow::Result<Halves> {
     Ok(Halves { files, edge, llm, device: device.clone() })
 }
 
+/// Those of a server with federation `test`, whose clients' requests share batches as they come.
+pub fn server_settings(
+    model: PathBuf,
+    held_out: HeldOutSource,
+    settings: FederationSettings,
+    data_dir: &Path,
+) -> ServerSettings {
+    ServerSettings {
+        model,
+        www: repository().join("www"),
+        data_dir: data_dir.to_owned(),
+        edge_dtype: EdgeDtype::F16,
+        federations: BTreeMap::from([("test".to_owned(), settings)]),
+        held_out,
+        evaluation_limit: 90,
+        order: Order::Arrival { merge: true },
+    }
+}
+
 /// A server on a free port, stopped when dropped.
 pub struct Server {
     /// `http://127.0.0.1:PORT`
@@ -179,16 +199,7 @@ impl Server {
         data_dir: &Path,
     ) -> anyhow::Result<Self> {
         let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
-        let server = ServerSettings {
-            model,
-            www: repository().join("www"),
-            data_dir: data_dir.to_owned(),
-            edge_dtype: EdgeDtype::F16,
-            federations: BTreeMap::from([("test".to_owned(), settings)]),
-            held_out,
-            evaluation_limit: 90,
-            merge_requests: true,
-        };
+        let server = server_settings(model, held_out, settings, data_dir);
         let shutdown = CancellationToken::new();
         let app = std::sync::Arc::new(App::start(server, &Device::flex(), shutdown.clone()).await?);
         let address = listener.local_addr()?;
@@ -262,15 +273,42 @@ pub async fn take_part<O: Observer>(
     observer: &mut O,
 ) -> anyhow::Result<Outcome> {
     let device = Device::flex();
-    let me = Participant {
-        hello: hello(name, cache.samples.len(), Purpose::Train),
-        edge,
-        cache,
-        device: &device,
-        max_tries: 40,
-    };
+    let hello = hello(name, cache.samples.len(), Purpose::Train);
+    let me = Participant { hello, edge, cache, device: &device, max_tries: 40, keep_every: KEEP_EVERY };
     let mut connector = SocketConnector::new(socket, CancellationToken::new());
-    Ok(participate(me, &mut connector, &fednano_server::native::TokioClock, observer).await?)
+    Ok(participate(me, &mut connector, &TokioClock, &mut Forgetful, observer).await?)
+}
+
+/// The same over any connection, back in no time after a loss, and as often as it takes.
+///
+/// # Errors
+/// The client's.
+pub async fn take_part_over<C: Connector, O: Observer>(
+    edge: &NanoEdge,
+    cache: &FeatureCache,
+    hello: Hello,
+    connector: &mut C,
+    observer: &mut O,
+) -> anyhow::Result<Outcome> {
+    let device = Device::flex();
+    let me = Participant { hello, edge, cache, device: &device, max_tries: 100_000, keep_every: KEEP_EVERY };
+    Ok(participate(me, connector, &Hurried, &mut Forgetful, observer).await?)
+}
+
+/// How often a client's work is kept, where something keeps it.
+const KEEP_EVERY: Duration = Duration::from_secs(1);
+
+/// A clock by which waits are short.
+struct Hurried;
+
+impl Clock for Hurried {
+    async fn sleep(&self, time: Duration) {
+        tokio::time::sleep(time.min(Duration::from_millis(50))).await;
+    }
+
+    fn now(&self) -> Duration {
+        TokioClock.now()
+    }
 }
 
 /// Encode a data set on the CPU.
@@ -294,6 +332,8 @@ impl Observer for Heard {
             ClientEvent::Uploaded { round, .. } => format!("uploaded {round}"),
             ClientEvent::NotCounted { round, .. } => format!("not counted {round}"),
             ClientEvent::Lost { cause, .. } => format!("lost: {cause}"),
+            ClientEvent::Waiting { round, .. } => format!("waiting {round}"),
+            ClientEvent::Local { round, .. } => format!("local {round}"),
             ClientEvent::Fisher { .. } | ClientEvent::Status(_) => return,
         };
         self.0.push(words);

@@ -1,14 +1,17 @@
 //! The index of all integration tests. What a machine lacks is reported as ignored, never as passed.
 
+mod adapters;
 mod architecture;
 mod browser;
 mod browser_bundle;
 mod bundles;
+mod churn;
 mod devices;
 mod faults;
 mod federation;
 mod fetching;
 mod gradients;
+mod kill;
 mod learning;
 mod page;
 mod parity;
@@ -81,9 +84,22 @@ const INDEX: &[(&str, &[Needs], Test)] = &[
         &[NanoLlava],
         federation::newcomer_during_evaluation,
     ),
-    ("federation::a_stop_during_evaluation_saves_the_round", &[NanoLlava], federation::stop_during_evaluation),
+    ("federation::a_stop_during_evaluation_loses_nothing", &[NanoLlava], federation::stop_during_evaluation),
+    ("federation::a_write_that_fails_stops_it_before_anything_is_told", &[NanoLlava], federation::write_that_fails),
     ("federation::a_participation_taken_over_is_told_so", &[NanoLlava], federation::taken_over),
     ("federation::nothing_to_judge_is_an_error", &[NanoLlava], federation::nothing_to_judge),
+    // A server killed at each of its writes, and started again.
+    ("kill::at_every_write_it_goes_on_bit_for_bit", &[Nothing], kill::every_write),
+    ("kill::so_does_a_strategy_with_a_memory", &[Nothing], kill::every_write_of_a_strategy_with_memory),
+    // Adapters as files, and going on with a data folder.
+    ("adapters::what_was_kept_is_exported_and_measured", &[Nothing], adapters::export_and_eval),
+    ("adapters::baselines_come_from_training_samples", &[Nothing], adapters::baselines),
+    ("adapters::those_of_another_model_are_refused", &[Nothing], adapters::another_model),
+    ("adapters::what_cannot_be_exported_is_named", &[Nothing], adapters::export_faults),
+    ("adapters::a_resumed_federation_keeps_settings_and_model", &[Nothing], adapters::resume_options),
+    // Many participants, and restless ones.
+    ("churn::twenty_over_sockets_six_of_them_restless", &[Nothing], churn::twenty_over_sockets),
+    ("churn::a_hundred_in_lockstep_are_reproducible", &[Nothing], churn::hundred_in_lockstep),
     // What a person does with the page.
     ("page::own_pictures_and_a_csv", &[NanoLlava, Chromium], page::own_pictures),
     ("page::faulty_own_pictures_are_named", &[NanoLlava, Chromium], page::faulty_own_pictures),
@@ -95,6 +111,7 @@ const INDEX: &[(&str, &[Needs], Test)] = &[
     ("page::fits_a_phone_and_the_keyboard", &[NanoLlava, Chromium], page::phone_and_keyboard),
     // Rules of rounds under random events.
     ("rounds::hold_in_random_sequences", &[Nothing], rounds::random_sequences),
+    ("rounds::restarts_change_nothing", &[Nothing], rounds::restarts_change_nothing),
     // Bad input: the cause, the remedy, and nothing lost.
     ("faults::garbage_oversize_and_wrong_version", &[NanoLlava], faults::frames),
     ("faults::messages_out_of_order", &[NanoLlava], faults::out_of_order),
@@ -111,6 +128,9 @@ const INDEX: &[(&str, &[Needs], Test)] = &[
 ];
 
 fn main() -> std::process::ExitCode {
+    if let Some(ended) = kill::serve_if_asked() {
+        return ended;
+    }
     let arguments = Arguments::from_args();
     let trials = INDEX.iter().map(|&(name, needs, test)| {
         let missing: Vec<&str> = needs.iter().filter_map(|n| n.missing()).collect();

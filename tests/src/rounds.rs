@@ -1,114 +1,279 @@
-//! The rounds' rules under random sequences of events.
+//! The rules of rounds under random sequences of events: people come, lose their connection, leave and come back, train, are late or
+//! send what nobody asked for, time passes, and the server is killed between any two writes. The rules themselves are assertions
+//! of the model beside this file; a sequence that breaks one is shortened and shown as a log of events.
 
-use fednano_server::coordinator::round::{Action, Event, Limits, Machine};
+mod model;
+
+use anyhow::{Context, bail, ensure};
+use fednano_server::coordinator::round::{Action, Event, Limits, Machine, Millis};
 use fednano_shared::wire::{ParticipantId, Phase};
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
-use std::collections::BTreeSet;
+use model::{Model, PEOPLE, Stage};
+use proptest::arbitrary::any;
+use proptest::collection::{btree_set, vec};
+use proptest::prop_oneof;
+use proptest::sample::select;
+use proptest::strategy::{Just, Strategy};
+use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
 
-const SEQUENCES: u64 = 10_000;
+/// Sequences of each test, if the environment variable does not ask for another number.
+const SEQUENCES: u32 = 10_000;
+const VARIABLE: &str = "FEDNANO_SEQUENCES";
 
-pub fn random_sequences() -> anyhow::Result<()> {
-    for seed in 0..SEQUENCES {
-        sequence(seed).map_err(|e| e.context(format!("seed {seed}")))?;
+/// What may happen; numbers are taken modulo what there is.
+#[derive(Debug, Clone)]
+enum Happening {
+    Connect(u32),
+    Lose(u32),
+    Leave(u32),
+    /// One of those who train is done.
+    Deliver(usize),
+    /// An update of a closed round comes after all.
+    DeliverLate(usize),
+    /// An update that nobody asked for: from whom, rounds after the next one to merge.
+    Stray(u32, i32),
+    Evaluated,
+    Tick,
+}
+
+#[derive(Debug, Clone)]
+struct Step {
+    wait: Millis,
+    what: Happening,
+    /// The server is killed before the step (0) or before so many-th action.
+    kill: Option<usize>,
+}
+
+#[derive(Debug, Clone)]
+struct Sequence {
+    limits: Limits,
+    steps: Vec<Step>,
+    /// Who never delivers anything at the end.
+    hung: BTreeSet<u32>,
+    /// Everybody leaves before the end.
+    deserted: bool,
+    /// Where the server of [`restarts_change_nothing`] is killed.
+    fork: usize,
+    /// Who stays away then.
+    gone: BTreeSet<u32>,
+}
+
+fn person() -> impl Strategy<Value = u32> {
+    1..=PEOPLE
+}
+
+fn limits() -> impl Strategy<Value = Limits> {
+    let sampling = (select(vec![1.0f64, 1.0, 0.5, 0.34, 0.75]), select(vec![0.0f64, 0.0, 0.3, 1.0]));
+    (1u32..=6, 1usize..=3, 0usize..=3, sampling, 0u32..=3, 0u64..10).prop_map(
+        |(rounds, min_participants, min_updates, (fraction, over_selection), max_staleness, seed)| Limits {
+            rounds,
+            min_participants,
+            min_updates,
+            fraction,
+            over_selection,
+            max_staleness,
+            deadline: 1000,
+            grace: 100,
+            seed,
+        },
+    )
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let what = prop_oneof![
+        22 => person().prop_map(Happening::Connect),
+        7 => person().prop_map(Happening::Lose),
+        5 => person().prop_map(Happening::Leave),
+        24 => any::<usize>().prop_map(Happening::Deliver),
+        6 => any::<usize>().prop_map(Happening::DeliverLate),
+        8 => (person(), -3i32..=1).prop_map(|(id, after)| Happening::Stray(id, after)),
+        13 => Just(Happening::Evaluated),
+        15 => Just(Happening::Tick),
+    ];
+    let wait = prop_oneof![14 => 0u64..40, 1 => 0u64..1500];
+    let kill = prop_oneof![39 => Just(None::<usize>), 1 => (0usize..5).prop_map(Some)];
+    (wait, what, kill).prop_map(|(wait, what, kill)| Step { wait, what, kill })
+}
+
+fn sequences() -> impl Strategy<Value = Sequence> {
+    let some = || btree_set(person(), 0..=3usize);
+    (limits(), vec(step(), 1..150usize), some(), any::<bool>(), any::<usize>(), some())
+        .prop_map(|(limits, steps, hung, deserted, fork, gone)| Sequence { limits, steps, hung, deserted, fork, gone })
+}
+
+fn event(model: &Model, what: &Happening) -> Event {
+    let of = |updates: Vec<(ParticipantId, u32)>, n: usize| {
+        let update = updates.get(n % updates.len().max(1));
+        update.map_or(Event::Tick, |(from, round)| Event::Updated { from: *from, round: *round })
+    };
+    match *what {
+        Happening::Connect(id) => Event::Connected(ParticipantId(id)),
+        Happening::Lose(id) => Event::Lost(ParticipantId(id)),
+        Happening::Leave(id) => Event::Left(ParticipantId(id)),
+        Happening::Deliver(n) => of(model.trainers().into_iter().map(|id| (id, model.round())).collect(), n),
+        Happening::DeliverLate(n) => of(model.missing(), n),
+        Happening::Stray(id, after) => {
+            Event::Updated { from: ParticipantId(id), round: (model.saved.done + 1).saturating_add_signed(after) }
+        }
+        Happening::Evaluated => Event::Evaluated,
+        Happening::Tick => Event::Tick,
     }
+}
+
+/// How often what happened.
+type Seen = BTreeMap<&'static str, u64>;
+
+/// Run a test on many sequences, always the same ones; the first that fails is shortened. How many, and what happened.
+fn check(test: impl Fn(&Sequence, &mut Model) -> anyhow::Result<()>) -> anyhow::Result<(u32, Seen)> {
+    let cases = match std::env::var(VARIABLE) {
+        Ok(number) => {
+            number.parse::<u32>().with_context(|| format!("{VARIABLE} is '{number}', it must be a whole number"))?
+        }
+        Err(_) => SEQUENCES,
+    };
+    let config = Config { cases, failure_persistence: None, max_shrink_iters: 20_000, ..Config::default() };
+    let mut runner = TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha));
+    let seen: RefCell<Seen> = RefCell::default();
+    let result = runner.run(&sequences(), |sequence| {
+        let mut model = Model::new(sequence.limits);
+        let result = test(&sequence, &mut model);
+        for (what, times) in &model.seen {
+            *seen.borrow_mut().entry(*what).or_default() += times;
+        }
+        result.map_err(|e| TestCaseError::fail(format!("{e:#}\n{}", model.story())))
+    });
+    match result {
+        Ok(()) => println!("{cases} sequences: {:?}", seen.borrow()),
+        Err(TestError::Fail(why, sequence)) => bail!("{why}\nfrom {sequence:?}"),
+        Err(other) => bail!("{other}"),
+    }
+    Ok((cases, seen.into_inner()))
+}
+
+/// Every rule in every sequence, and an end for all who are left.
+pub fn random_sequences() -> anyhow::Result<()> {
+    let (cases, seen) = check(|sequence, model| {
+        for step in &sequence.steps {
+            model.now += step.wait;
+            let event = event(model, &step.what);
+            model.step(event, step.kill)?;
+        }
+        end(sequence, model)
+    })?;
+    // A rule that is never put to the test proves nothing.
+    let all = [
+        "begin",
+        "begin, over-selected",
+        "newcomer",
+        "back in its round",
+        "others asked",
+        "wait",
+        "accept",
+        "accept late",
+        "merge",
+        "merge, short",
+        "pause",
+        "refuse: stale",
+        "refuse: counted",
+        "refuse: not selected",
+        "refuse: finished",
+        "refuse: not training",
+        "restart in a round",
+        "restart in an evaluation",
+        "restart elsewhere",
+    ];
+    let never: Vec<_> = all.iter().filter(|what| !seen.contains_key(**what)).collect();
+    ensure!(never.is_empty() || cases < SEQUENCES, "no sequence came to {never:?}: make that more likely in `step`");
     Ok(())
 }
 
-fn sequence(seed: u64) -> anyhow::Result<()> {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let limits =
-        Limits { rounds: rng.random_range(1..5), min_participants: rng.random_range(1..4), deadline: 1000, grace: 50 };
-    // Sometimes a restart: some rounds are done, some participants known (9 never comes back).
-    let restart = rng.random_bool(0.5);
-    let done = if restart { rng.random_range(0..=limits.rounds) } else { 0 };
-    let ids = [1, 2, 3, 4, 9].map(ParticipantId);
-    let known: Vec<_> = ids.into_iter().filter(|_| restart && rng.random_bool(0.4)).collect();
-    let mut machine = Machine::new(limits, done, &known);
-    let mut awaited: BTreeSet<_> = known.iter().copied().collect();
-    let (mut now, mut counted) = (0, BTreeSet::new());
-    let (mut merged, mut connected, mut log) = (done, BTreeSet::new(), vec![format!("{limits:?} {done} {known:?}")]);
-    for _ in 0..rng.random_range(5..80) {
-        now += rng.random_range(0..40);
-        let id = ParticipantId(rng.random_range(1..5));
-        let event = match rng.random_range(0..10) {
-            0..=2 => Event::Connected(id),
-            3 => Event::Lost(id),
-            4 => Event::Left(id),
-            // Mostly the current round, sometimes another.
-            5..=7 => Event::Updated {
-                from: id,
-                round: (machine.round() + u32::from(rng.random_bool(0.1)))
-                    .saturating_sub(u32::from(rng.random_bool(0.1))),
-            },
-            8 => Event::Evaluated,
-            _ => Event::Tick,
+/// RULES: with nobody left it pauses; as long as there are people enough who train, all rounds come to their end, even if some hang.
+fn end(sequence: &Sequence, model: &mut Model) -> anyhow::Result<()> {
+    if sequence.deserted {
+        for id in 1..=PEOPLE {
+            model.step(Event::Left(ParticipantId(id)), None)?;
+        }
+        model.now += model.limits.deadline + model.limits.grace;
+        model.step(Event::Tick, None)?;
+        ensure!(model.machine.phase() != Phase::Training, "RULE: a round goes on with nobody");
+    }
+    for id in 1..=PEOPLE {
+        model.step(Event::Connected(ParticipantId(id)), None)?;
+    }
+    for _ in 0..40 * (model.limits.rounds + 1) {
+        let willing = model.trainers().into_iter().find(|id| !sequence.hung.contains(&id.0));
+        let event = match (model.stage, willing) {
+            (Stage::Finished, _) => return Ok(()),
+            (Stage::Judging | Stage::Closed, _) => Event::Evaluated,
+            (_, Some(from)) => Event::Updated { from, round: model.round() },
+            _ => {
+                model.now += model.limits.deadline / 2;
+                Event::Tick
+            }
         };
-        match event {
-            Event::Connected(id) => {
-                connected.insert(id);
-                awaited.remove(&id);
-            }
-            Event::Left(id) => {
-                connected.remove(&id);
-                awaited.remove(&id);
-            }
-            Event::Lost(id) => drop(connected.remove(&id)),
-            _ => {}
-        }
-        let before = (machine.phase(), machine.round());
-        let actions = machine.step(now, event);
-        log.push(format!("{now} {event:?} -> {actions:?}"));
-        let say = |what: &str| anyhow::anyhow!("{what}\n{}", log.join("\n"));
-        for action in &actions {
-            match action {
-                Action::Accept { from, round } => {
-                    anyhow::ensure!(before == (Phase::Training, *round), say("an update of another round counts"));
-                    anyhow::ensure!(counted.insert((*from, *round)), say("an update counts twice"));
-                }
-                Action::Merge { round, from } => {
-                    merged += 1;
-                    anyhow::ensure!(*round == merged, say("rounds are merged out of order"));
-                    anyhow::ensure!(
-                        !from.is_empty() && from.iter().all(|p| counted.contains(&(*p, *round))),
-                        say("merged what was not counted")
-                    );
-                    let all = counted.iter().filter(|(_, r)| r == round).count();
-                    anyhow::ensure!(all == from.len(), say("a counted update is not merged"));
-                }
-                // Dropped updates may be sent again.
-                Action::Abandon { round } => counted.retain(|(_, r)| r != round),
-                Action::Start { to, .. } => {
-                    let early = now < limits.grace && !awaited.is_empty();
-                    anyhow::ensure!(!early, say("a round starts without one who may still come back"));
-                    anyhow::ensure!(
-                        to.iter().all(|p| connected.contains(p)),
-                        say("a round starts for somebody who is away")
-                    );
-                }
-                _ => {}
-            }
-        }
-        // Every update is answered.
-        if let Event::Updated { from, round } = event {
-            let answered =
-                actions.iter().any(|a| *a == Action::Accept { from, round } || *a == Action::Refuse { from, round });
-            anyhow::ensure!(answered, say("an update got no answer"));
-        }
-        anyhow::ensure!(machine.round() <= limits.rounds, say("too many rounds"));
+        model.step(event, None)?;
     }
-    // Nobody waits for ever: once time has passed, a round is over or the federation waits for people.
-    for id in 1..5 {
-        machine.step(now, Event::Left(ParticipantId(id)));
+    bail!("RULE: they wait for ever")
+}
+
+/// A server that is killed anywhere and comes back to the same people decides as the one that was not. Time, which begins anew
+/// after a restart, plays no part here: nothing is ever overdue, nobody's grace ends.
+pub fn restarts_change_nothing() -> anyhow::Result<()> {
+    check(|sequence, model| {
+        (model.limits.deadline, model.limits.grace) = (Millis::MAX, Millis::MAX);
+        *model = Model::new(model.limits);
+        let (before, after) = sequence.steps.split_at(sequence.fork % sequence.steps.len().max(1));
+        for step in before {
+            model.now += step.wait;
+            let event = event(model, &step.what);
+            model.step(event, None)?;
+        }
+        if model.closed_short() {
+            // Such a round waits again for whoever is not done (see `Machine::new`): then something does change.
+            return Ok(());
+        }
+        let mut restored = come_back(sequence, model)?;
+        for step in after {
+            model.now += step.wait;
+            let event = event(model, &step.what);
+            both(model, &mut restored, event)?;
+        }
+        Ok(())
+    })?;
+    Ok(())
+}
+
+/// Another machine from what is saved; those who were connected come back to it, the others come back to both or leave both.
+fn come_back(sequence: &Sequence, model: &mut Model) -> anyhow::Result<Machine> {
+    let mut restored = Machine::new(model.limits, &model.saved);
+    let first = restored.step(0, Event::Tick);
+    if model.stage == Stage::Closed {
+        let again = Action::Merge { round: model.round(), from: model.merging.clone() };
+        ensure!(first == [again], "before the restart {:?} were merged, after it {first:?}", model.merging);
     }
-    now += limits.deadline + limits.grace;
-    machine.step(now, Event::Tick);
-    anyhow::ensure!(machine.phase() != Phase::Training, "a round waits for ever\n{}", log.join("\n"));
-    // Nor does the lobby: the one who never came back had its grace.
-    machine.step(now, Event::Evaluated);
-    for id in 1..5 {
-        machine.step(now, Event::Connected(ParticipantId(id)));
+    for id in &model.connected {
+        let actions = restored.step(0, Event::Connected(*id));
+        let told = |a: &Action| matches!(a, Action::Start { .. } | Action::Wait { .. } | Action::TellFinished(_));
+        ensure!(actions.iter().all(told), "the return of {id:?} after the restart brings {actions:?}");
     }
-    anyhow::ensure!(machine.phase() != Phase::Lobby, "the lobby waits for ever\n{}", log.join("\n"));
+    let known: Vec<_> = model.saved.known.iter().filter(|(_, left)| !left).map(|(id, _)| *id).collect();
+    for id in known {
+        if !model.connected.contains(&id) {
+            // In the lobby a return could begin a round, for which the restored machine would wait for the others.
+            let gone = model.stage == Stage::Lobby || sequence.gone.contains(&id.0);
+            both(model, &mut restored, if gone { Event::Left(id) } else { Event::Connected(id) })?;
+        }
+    }
+    Ok(restored)
+}
+
+/// RULE: both decide the same.
+fn both(model: &mut Model, restored: &mut Machine, event: Event) -> anyhow::Result<()> {
+    let actions = model.step(event, None)?;
+    let after = restored.step(0, event);
+    ensure!(after == actions, "after {event:?} the restored machine says {after:?}, the other one {actions:?}");
+    let (phase, round) = (restored.phase(), restored.round());
+    ensure!((phase, round) == (model.machine.phase(), model.machine.round()), "restored: {phase:?} in round {round}");
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! Pictures and questions that a person chose, to samples. Files are opened and decoded by the page; nothing here leaves the tab.
 
-use fednano_shared::data::dataset::{self, DataError, Dataset};
+use fednano_shared::data::dataset::{self, DataError, Dataset, Sample};
 use fednano_shared::data::formats;
 use fednano_shared::data::picture::Picture;
 use serde_json::json;
@@ -19,7 +19,7 @@ impl Pictures {
         self.0.insert(name.to_owned(), picture);
     }
 
-    /// Samples of a question file about these pictures.
+    /// Samples of a question file about these pictures, or about none.
     pub fn with_questions(&self, file_name: &str, text: &str) -> Result<Dataset, DataError> {
         dataset::assemble(formats::parse(file_name, text)?, |name| self.find(name))
     }
@@ -71,5 +71,10 @@ pub fn summary(data: &Dataset) -> String {
     let mut answers: Vec<(&str, usize)> = counts.into_iter().collect();
     answers.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(b.0)));
     answers.truncate(ANSWERS_SHOWN);
-    json!({ "pictures": data.pictures.len(), "samples": data.samples.len(), "answers": answers }).to_string()
+    let count = |lacks: fn(&Sample) -> bool| data.samples.iter().filter(|s| lacks(s)).count();
+    json!({
+        "pictures": data.pictures.len(), "samples": data.samples.len(), "answers": answers,
+        "textOnly": count(|s| s.picture.is_none()), "pictureOnly": count(|s| s.question.is_empty()),
+    })
+    .to_string()
 }

@@ -151,18 +151,18 @@ pub mod tab {
             self.session.leave();
         }
 
-        /// Ask about an own picture, with and without adapters; `on_text(which, text)` hears the answers grow and stops one by
-        /// returning false.
+        /// Ask about an own picture or (without one) a question alone, with and without adapters; `on_text(which, text)` hears the
+        /// answers grow and stops one by returning false.
         pub async fn ask(
             &self,
             url: String,
             federation: String,
-            picture: usize,
+            picture: Option<usize>,
             question: String,
             on_text: js_sys::Function,
         ) -> Result<String, JsValue> {
-            let picture = self.session.picture(picture).map_err(to_js)?;
-            self.session.ask(url, federation, &picture, &question, teller(on_text)).await.map_err(to_js)
+            let picture = picture.map(|index| self.session.picture(index)).transpose().map_err(to_js)?;
+            self.session.ask(url, federation, picture.as_ref(), &question, teller(on_text)).await.map_err(to_js)
         }
 
         /// Ask about any picture, as [`Tab::ask`].
@@ -179,7 +179,7 @@ pub mod tab {
             on_text: js_sys::Function,
         ) -> Result<String, JsValue> {
             let picture = import::from_rgba(width, height, &rgba).map_err(to_js)?;
-            self.session.ask(url, federation, &picture, &question, teller(on_text)).await.map_err(to_js)
+            self.session.ask(url, federation, Some(&picture), &question, teller(on_text)).await.map_err(to_js)
         }
 
         /// The probe's results as JSON.

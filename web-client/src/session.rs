@@ -8,7 +8,7 @@ use burn::tensor::Device;
 use fednano_shared::ask::Asking;
 use fednano_shared::bundle::Manifest;
 use fednano_shared::bundle::assemble::BundleLoader;
-use fednano_shared::client::{self, ClientEvent, Connector, Observer, Outcome, Participant};
+use fednano_shared::client::{self, ClientEvent, Connector, Forgetful, Observer, Outcome, Participant};
 use fednano_shared::data::dataset::Dataset;
 use fednano_shared::data::picture::Picture;
 use fednano_shared::data::scene::DemoTheme;
@@ -23,12 +23,15 @@ use serde_json::json;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
+use std::time::Duration;
 
 /// Any error of a command; its text is all that the page needs.
 pub type Failure = Box<dyn std::error::Error>;
 
 /// Tries in a row to reach the server, at most 10 s apart: a tab waits about half an hour for a server that went away.
 const MAX_TRIES: u32 = 200;
+/// How often the work of a round is kept, once a tab keeps it.
+const KEEP_EVERY: Duration = Duration::from_secs(10);
 /// Longest answer.
 const MAX_ANSWER_TOKENS: usize = 64;
 
@@ -181,7 +184,7 @@ impl Session {
         let options: JoinOptions = serde_json::from_str(options)?;
         let cache = self.cache.borrow().clone();
         let Some(cache) = cache.filter(|c| !c.samples.is_empty()) else {
-            return Err("there are no prepared pictures and questions; choose some first".into());
+            return Err("there are no prepared pictures or questions; choose some first".into());
         };
         if self.joined.replace(true) {
             return Err("this tab takes part already; leave first".into());
@@ -198,14 +201,20 @@ impl Session {
             purpose: Purpose::Train,
             resume: options.resume,
         };
-        let me = Participant { hello, edge: &self.edge, cache: &cache, device: &self.device, max_tries: MAX_TRIES };
+        let (edge, device) = (&self.edge, &self.device);
+        let me = Participant { hello, edge, cache: &cache, device, max_tries: MAX_TRIES, keep_every: KEEP_EVERY };
         let mut sockets = Sockets { url: options.url, leave: Rc::clone(&leave) };
         let mut listener = Listener { session: self, on_event };
-        let result = client::participate(me, &mut sockets, &TabClock { leave }, &mut listener).await;
+        let clock = TabClock { leave };
+        let result = client::participate(me, &mut sockets, &clock, &mut Forgetful, &mut listener).await;
         self.joined.set(false);
         let outcome = match result? {
-            Outcome::Finished(adapter) => {
-                self.keep(adapter, "the federation's, all rounds done".to_owned());
+            Outcome::Finished { adapter, own, .. } => {
+                let (adapter, whose) = match own {
+                    Some(own) => (own, "yours"),
+                    None => (adapter, "the federation's"),
+                };
+                self.keep(adapter, format!("{whose}, all rounds done"));
                 "finished"
             }
             Outcome::Left => "left",
@@ -223,19 +232,27 @@ impl Session {
         self.latest.replace(Some(Rc::new(Latest { adapter, origin })));
     }
 
-    /// Two answers as JSON: the untouched model's, and with the newest adapters (null before there are any).
+    /// Two answers as JSON: the untouched model's, and with the newest adapters (null before there are any). Picture or question
+    /// may be absent.
     pub async fn ask(
         &self,
         url: String,
         federation: String,
-        picture: &Picture,
+        picture: Option<&Picture>,
         question: &str,
         on_text: impl Fn(&str, &str) -> bool,
     ) -> Result<String, Failure> {
         let question = question.trim();
-        let mark = if question.ends_with('?') { "" } else { "?" };
-        let prompt = self.edge.text.encode(&format!("{question}{mark}"), None)?;
-        let features = self.edge.image_features(&[picture]).await?.concat();
+        // People leave it out.
+        let mark = if question.ends_with(char::is_alphanumeric) { "?" } else { "" };
+        let question = format!("{question}{mark}");
+        let (prompt, features) = match picture {
+            Some(picture) => {
+                let features = self.edge.image_features(&[picture]).await?.concat();
+                (self.edge.text.encode(&question, None)?, features)
+            }
+            None => (self.edge.text.encode_text(&question, None)?, Vec::new()),
+        };
         let mut boundary = connect(url, federation).await?;
         let latest = self.latest.borrow().clone();
         let options = AnswerOptions { max_tokens: MAX_ANSWER_TOKENS, sampling: Sampling::GREEDY };

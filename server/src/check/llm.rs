@@ -103,12 +103,11 @@ pub(super) async fn adapters(
     }
     let (x, mask) = (tensor(&batch.x, device), tensor(&batch.image_mask, device));
     let each = adapters.per_sample_gradients(x, tensor(&g, device), mask);
-    for (name, gradient) in AdapterState::NAMES.iter().zip(each) {
+    for (name, gradient) in each {
         table.add(&format!("adapter.per_sample_grad.{name}"), &read(gradient).await?, Part::All);
     }
 
-    let mut fisher = state.clone();
-    fisher.0.values_mut().for_each(|b| b.data.fill(0.0));
+    let mut fisher = state.zeros_like();
     step::fisher_batch(&adapters, &batch, &mut boundary, device, &mut fisher).await?;
     for (name, sum) in &mut fisher.0 {
         sum.data.iter_mut().for_each(|v| *v /= table.inputs.rows as f32);

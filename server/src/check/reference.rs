@@ -5,6 +5,7 @@ use fednano_shared::config::ModelConfig;
 use fednano_shared::data::text::Encoded;
 use fednano_shared::edge::Batch;
 use fednano_shared::plain::{AdapterState, BoundaryRequest, Target, TensorBlob};
+use fednano_shared::settings::AdapterChoice;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use std::collections::BTreeMap;
@@ -77,7 +78,7 @@ impl Reference {
         let rank = down.shape.first().copied().unwrap_or(0);
         ensure!(rank > 0, "the reference adapter has rank 0; {REMEDY}");
         state
-            .check_like(&AdapterState::zeros(rank, dim))
+            .check_like(&AdapterState::zeros(AdapterChoice::Both, rank, dim))
             .with_context(|| format!("the reference adapter cannot be used; {REMEDY}"))?;
         Ok(Some(state))
     }
@@ -233,7 +234,8 @@ impl Inputs {
         let run = image[image_start..].iter().take_while(|i| **i).count();
         let all = image.iter().filter(|i| **i).count();
         let fits = run == image_tokens && all == image_tokens;
-        fits.then(|| Encoded { ids: self.ids[at].to_vec(), image_start, prompt_length: self.prompt_lengths[row] })
+        let (ids, prompt_length) = (self.ids[at].to_vec(), self.prompt_lengths[row]);
+        fits.then(|| Encoded { ids, image_start: Some(image_start), prompt_length })
     }
 }
 

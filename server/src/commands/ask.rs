@@ -5,8 +5,7 @@ use crate::device::DeviceChoice;
 use crate::edge_download::fetch_edge;
 use crate::fetch::resolve_model;
 use crate::native::{Invite, SocketConnector};
-use crate::store::read_adapter;
-use anyhow::Context;
+use crate::store::AdapterFile;
 use burn::tensor::Device;
 use fednano_shared::ask::Asking;
 use fednano_shared::client::Connector;
@@ -15,7 +14,6 @@ use fednano_shared::generate::{AnswerOptions, InProcessTokens, Sampling, TokenSo
 use fednano_shared::model::adapter::NanoAdapters;
 use fednano_shared::model::checkpoint::load_llm;
 use fednano_shared::model::files::ModelFiles;
-use fednano_shared::plain::AdapterState;
 use fednano_shared::step::FrozenLlm;
 use fednano_shared::wire::{ClientKind, Hello, Purpose};
 use std::io::Write;
@@ -36,7 +34,7 @@ pub struct Args {
     /// Model directory (or a hub id fetched earlier), all on this machine.
     #[arg(long)]
     model: Option<String>,
-    /// Adapters to answer with, e.g. DATA-DIR/FEDERATION/adapter-round-0005.safetensors.
+    /// Adapters to answer with: a file of `fednano export` or `fednano join --save`.
     #[arg(long)]
     adapter: Option<PathBuf>,
     /// Where to compute.
@@ -119,11 +117,6 @@ async fn say<S: TokenSource>(
 }
 
 fn open_adapter(path: &Path, edge: &NanoEdge, device: &Device) -> anyhow::Result<NanoAdapters> {
-    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let state = read_adapter(&bytes).with_context(|| format!("{} holds no adapters", path.display()))?;
-    let rank = state.0["image.down"].shape.first().copied().unwrap_or(0);
-    state
-        .check_like(&AdapterState::zeros(rank, edge.config.text.hidden))
-        .with_context(|| format!("{} does not fit the model", path.display()))?;
-    Ok(NanoAdapters::from_state(&state, &device.clone().autodiff()))
+    let file = AdapterFile::open(path, edge.config.text.hidden)?;
+    Ok(NanoAdapters::from_state(&file.adapter, &device.clone().autodiff()))
 }

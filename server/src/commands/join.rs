@@ -2,17 +2,26 @@
 
 use crate::datasets;
 use crate::device::DeviceChoice;
-use crate::edge_download::fetch_edge;
+use crate::edge_download::{fetch_edge, user_cache};
 use crate::native::{Invite, Lines, SocketConnector, TokioClock};
 use crate::store::write_adapter;
 use anyhow::Context;
-use fednano_shared::client::{Outcome, Participant, participate};
+use fednano_shared::client::keep::token_of;
+use fednano_shared::client::{Keeper, Outcome, Participant, participate};
 use fednano_shared::data::dataset::Dataset;
 use fednano_shared::data::scene::DemoTheme;
+use fednano_shared::plain::AdapterState;
 use fednano_shared::probe::shard;
 use fednano_shared::wire::{ClientKind, Hello, Purpose};
-use std::path::PathBuf;
+use sha2::{Digest, Sha256};
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 use tokio_util::sync::CancellationToken;
+
+/// The work of a round is written to the state file at most this often.
+const KEEP_EVERY: Duration = Duration::from_secs(1);
 
 /// Join a federation from a terminal, with own pictures and questions.
 #[derive(Debug, clap::Args)]
@@ -31,6 +40,12 @@ pub struct Args {
     /// File for the federation's adapters at the end.
     #[arg(long)]
     save: Option<PathBuf>,
+    /// File for the own adapters at the end, with the strategies that make them (local, feddpa-f).
+    #[arg(long)]
+    save_own: Option<PathBuf>,
+    /// File with which the same command goes on after it was killed (default: one in the user's cache, by link, name and data).
+    #[arg(long)]
+    state: Option<PathBuf>,
     /// Tries to reach a server in a row.
     #[arg(long, default_value_t = 60)]
     max_tries: u32,
@@ -43,6 +58,7 @@ pub struct Args {
 pub async fn main(args: &Args) -> anyhow::Result<()> {
     let data = open(&args.data)?;
     println!("[{}] {} samples of {} pictures", args.name, data.samples.len(), data.pictures.len());
+    let mut keeper = state_file(args)?;
     let leave = CancellationToken::new();
     let (signal, name) = (leave.clone(), args.name.clone());
     tokio::spawn(async move {
@@ -52,17 +68,35 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
         drop(tokio::signal::ctrl_c().await);
         std::process::exit(130);
     });
-    match take_part(&args.url, &args.name, &data, args.device, args.max_tries, leave).await? {
+    match take_part(&args.url, &args.name, &data, args.device, args.max_tries, leave, &mut keeper).await? {
         Outcome::Left => println!("[{}] left; the same command joins again, as somebody new", args.name),
-        Outcome::Finished(adapter) => {
+        Outcome::Finished { adapter, own, local } => {
             println!("[{}] the federation is finished", args.name);
+            if let Some(local) = local {
+                println!(
+                    "[{}] {} own test samples: {:.1} % with the adapters received, {:.1} % with the own ones",
+                    args.name,
+                    local.own.samples,
+                    local.global.accuracy * 100.0,
+                    local.own.accuracy * 100.0
+                );
+            }
             if let Some(path) = &args.save {
-                let bytes = write_adapter(&adapter, None)?;
-                std::fs::write(path, bytes).with_context(|| format!("cannot write {}", path.display()))?;
+                save(path, &adapter)?;
+            }
+            match (&args.save_own, &own) {
+                (Some(path), Some(own)) => save(path, own)?,
+                (Some(_), None) => println!("[{}] this strategy makes no own adapters: nothing to save", args.name),
+                (None, _) => {}
             }
         }
     }
+    keeper.forget(); // only now: with it, the same command could still save what a full disk refused
     Ok(())
+}
+
+fn save(path: &Path, adapter: &AdapterState) -> anyhow::Result<()> {
+    std::fs::write(path, write_adapter(adapter, &[])?).with_context(|| format!("cannot write {}", path.display()))
 }
 
 fn open(data: &str) -> anyhow::Result<Dataset> {
@@ -76,17 +110,18 @@ fn open(data: &str) -> anyhow::Result<Dataset> {
     }
 }
 
-/// Fetch the client part, encode, take part; `leave` is cancelled when the person wants to leave.
+/// Fetch the client part, encode, take part, as who `keeper` knows of; `leave` is cancelled when the person wants to leave.
 ///
 /// # Errors
 /// Anything that ends the participation early.
-pub async fn take_part(
+pub async fn take_part<S: Keeper>(
     url: &str,
     name: &str,
     data: &Dataset,
     device: DeviceChoice,
     max_tries: u32,
     leave: CancellationToken,
+    keeper: &mut S,
 ) -> anyhow::Result<Outcome> {
     let invite = Invite::parse(url)?;
     let (device, words) = device.open()?;
@@ -102,13 +137,120 @@ pub async fn take_part(
             samples: cache.samples.len() as u32,
             edge_bytes,
             purpose: Purpose::Train,
-            resume: None,
+            resume: keeper.kept().await.as_deref().and_then(token_of),
         },
         edge: &edge,
         cache: &cache,
         device: &device,
         max_tries,
+        keep_every: KEEP_EVERY,
     };
-    Ok(participate(me, &mut SocketConnector::new(invite.socket, leave), &TokioClock, &mut Lines(name.to_owned()))
-        .await?)
+    let mut connector = SocketConnector::new(invite.socket, leave);
+    Ok(participate(me, &mut connector, &TokioClock, keeper, &mut Lines(name.to_owned())).await?)
+}
+
+/// Most participants of one link, name and data on a machine.
+const MOST: usize = 1000;
+
+/// The file named in the arguments, or the first in the user's cache that no other running program has.
+fn state_file(args: &Args) -> anyhow::Result<FileKeeper> {
+    if let Some(path) = &args.state {
+        return FileKeeper::open(path.clone())?.with_context(|| {
+            format!("{} belongs to a `fednano join` that is running; name another file with --state", path.display())
+        });
+    }
+    let folder = user_cache()?.join("join");
+    let mut hash = Sha256::new();
+    for part in [&args.url, &args.name, &args.data] {
+        hash.update((part.len() as u64).to_le_bytes());
+        hash.update(part);
+    }
+    let key: String = hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+    for number in 1..=MOST {
+        if let Some(keeper) = FileKeeper::open(folder.join(format!("{key}-{number}")))? {
+            return Ok(keeper);
+        }
+    }
+    anyhow::bail!("{MOST} participants of this link, name and data are running here; name a file with --state")
+}
+
+/// Keeps a snapshot in a file. A file beside it is locked meanwhile, so that no two programs go on as one participant.
+pub struct FileKeeper {
+    path: PathBuf,
+    _lock: File, // gives the lock back when it is closed
+}
+
+impl FileKeeper {
+    /// Take a file, which need not exist; none: another program has it.
+    ///
+    /// # Errors
+    /// A place that cannot be written to.
+    pub fn open(path: PathBuf) -> anyhow::Result<Option<Self>> {
+        let unwritable = || format!("cannot write {}; name another file with --state", path.display());
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder).with_context(unwritable)?;
+        }
+        let lock = OpenOptions::new().append(true).create(true).open(beside(&path, "lock")).with_context(unwritable)?;
+        match lock.try_lock() {
+            Err(TryLockError::WouldBlock) => Ok(None),
+            // Where a file system has no locks, the server still lets only one of two go on as the same participant.
+            Ok(()) | Err(TryLockError::Error(_)) => Ok(Some(Self { path, _lock: lock })),
+        }
+    }
+
+    /// Nothing is to go on any more.
+    pub fn forget(self) {
+        for file in [self.path.clone(), beside(&self.path, "part"), beside(&self.path, "lock")] {
+            drop(std::fs::remove_file(file)); // not there, or in the way of nobody
+        }
+    }
+
+    /// Written beside and renamed, so that a kill leaves the old snapshot or the new one.
+    fn write(&self, snapshot: &[u8]) -> std::io::Result<()> {
+        let part = beside(&self.path, "part");
+        let mut file = File::create(&part)?;
+        file.write_all(snapshot)?;
+        file.sync_all()?;
+        std::fs::rename(part, &self.path)
+    }
+}
+
+fn beside(path: &Path, ending: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".");
+    name.push(ending);
+    PathBuf::from(name)
+}
+
+impl Keeper for FileKeeper {
+    async fn keep(&mut self, snapshot: &[u8]) {
+        if let Err(e) = self.write(snapshot) {
+            tracing::warn!("{} is not written, a kill would cost this round's work: {e}", self.path.display());
+        }
+    }
+
+    async fn kept(&mut self) -> Option<Vec<u8>> {
+        std::fs::read(&self.path).ok() // usually there is none
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::TemporaryFolder;
+
+    #[test]
+    fn a_state_file_belongs_to_one_program_and_survives_it() {
+        let folder = TemporaryFolder::create("join-test").unwrap();
+        let path = folder.path().join("deeper/state");
+        let first = FileKeeper::open(path.clone()).unwrap().unwrap();
+        assert!(FileKeeper::open(path.clone()).unwrap().is_none(), "two have one file");
+        first.write(b"old").unwrap();
+        first.write(b"new").unwrap();
+        drop(first);
+        let second = FileKeeper::open(path.clone()).unwrap().unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"new");
+        second.forget();
+        assert_eq!(std::fs::read_dir(folder.path().join("deeper")).unwrap().count(), 0);
+    }
 }

@@ -3,8 +3,10 @@
 use super::SettingFlags;
 use crate::app::{App, ServerSettings, bind, held_out_from};
 use crate::device::DeviceChoice;
+use crate::llm_host::Order;
 use fednano_shared::bundle::EdgeDtype;
 use fednano_shared::settings::FederationSettings;
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use tokio_util::sync::CancellationToken;
@@ -15,71 +17,109 @@ pub struct Args {
     /// Model directory in Hugging Face layout.
     #[arg(long)]
     model: PathBuf,
-    /// Where the LLM runs.
-    #[arg(long, value_enum, default_value = "auto")]
-    device: DeviceChoice,
-    /// Address to listen on.
-    #[arg(long, default_value = "127.0.0.1:8080")]
-    listen: String,
-    /// Folder for results; a restart goes on from it.
-    #[arg(long, default_value = "fednano-data")]
-    data_dir: PathBuf,
-    /// Folder of the page.
-    #[arg(long, default_value = "www")]
-    www: PathBuf,
-    /// How clients get the weights of their half of the model: f16, or smaller and coarser int8 or int4.
-    #[arg(long, default_value_t = EdgeDtype::F16)]
-    edge_dtype: EdgeDtype,
     /// Name of a federation; may be given several times.
     #[arg(long = "federation", default_value = "demo")]
     federations: Vec<String>,
-    /// Held-out set (question file or folder); without it, generated demo scenes.
-    #[arg(long)]
-    held_out: Option<PathBuf>,
-    /// Held-out samples used after each round (0: all).
-    #[arg(long, default_value_t = 600)]
-    evaluation_limit: usize,
+    #[command(flatten)]
+    flags: ServeFlags,
     #[command(flatten)]
     settings: SettingFlags,
+}
+
+/// Where and how a server runs, whatever it serves: for `serve` and `resume`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct ServeFlags {
+    /// Where the LLM runs.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub device: DeviceChoice,
+    /// Address to listen on.
+    #[arg(long, default_value = "127.0.0.1:8080")]
+    pub listen: String,
+    /// Folder for results; a restart goes on from it.
+    #[arg(long, default_value = "fednano-data")]
+    pub data_dir: PathBuf,
+    /// Folder of the page.
+    #[arg(long, default_value = "www")]
+    pub www: PathBuf,
+    /// How clients get the weights of their half of the model: f16, or smaller and coarser int8 or int4.
+    #[arg(long, default_value_t = EdgeDtype::F16)]
+    pub edge_dtype: EdgeDtype,
+    /// Held-out set (question file or folder); without it, generated demo scenes.
+    #[arg(long)]
+    pub held_out: Option<PathBuf>,
+    /// Held-out samples used after each round (0: all).
+    #[arg(long, default_value_t = 600)]
+    pub evaluation_limit: usize,
+    /// Compute each participant's requests alone: slower, but on the CPU the same seed gives the same adapters bit for bit,
+    /// whoever else is waiting, and whatever was interrupted.
+    #[arg(long)]
+    pub reproducible: bool,
+}
+
+/// Everything that [`run`] needs.
+#[derive(Debug, Clone)]
+pub struct ServeOptions {
+    /// Model directory in Hugging Face layout.
+    pub model: PathBuf,
+    /// Federations by name.
+    pub federations: BTreeMap<String, FederationSettings>,
+    /// The rest.
+    pub flags: ServeFlags,
 }
 
 /// Run it.
 ///
 /// # Errors
-/// Anything that keeps the server from starting.
+/// Anything that keeps the server from starting, or ends it early.
 pub async fn main(args: &Args) -> anyhow::Result<()> {
     let settings = args.settings.settings(FederationSettings::default())?;
-    let listener = bind(&args.listen).await?;
-    let (device, name) = args.device.open()?;
-    println!("loading {} on {name}", args.model.display());
+    let federations = args.federations.iter().map(|name| (name.clone(), settings.clone())).collect();
+    run(ServeOptions { model: args.model.clone(), federations, flags: args.flags.clone() }).await
+}
+
+/// Serve until Ctrl-C, or until a federation fails for good.
+///
+/// # Errors
+/// Anything that keeps the server from starting, or ends it early.
+pub async fn run(options: ServeOptions) -> anyhow::Result<()> {
+    let ServeOptions { model, federations, flags } = options;
+    for (name, settings) in &federations {
+        settings
+            .validate_for_server()
+            .map_err(|faults| anyhow::anyhow!("federation '{name}' cannot be served: {}", faults.join("; ")))?;
+    }
+    let names: Vec<String> = federations.keys().cloned().collect();
+    let listener = bind(&flags.listen).await?;
+    let (device, device_name) = flags.device.open()?;
+    println!("loading {} on {device_name}", model.display());
     let server = ServerSettings {
-        model: args.model.clone(),
-        www: args.www.clone(),
-        data_dir: args.data_dir.clone(),
-        edge_dtype: args.edge_dtype,
-        federations: args.federations.iter().map(|n| (n.clone(), settings.clone())).collect(),
-        held_out: held_out_from(args.held_out.as_deref())?,
-        evaluation_limit: args.evaluation_limit,
-        merge_requests: true,
+        model,
+        www: flags.www.clone(),
+        data_dir: flags.data_dir.clone(),
+        edge_dtype: flags.edge_dtype,
+        federations,
+        held_out: held_out_from(flags.held_out.as_deref())?,
+        evaluation_limit: flags.evaluation_limit,
+        order: Order::Arrival { merge: !flags.reproducible },
     };
     let shutdown = CancellationToken::new();
     let app = App::start(server, &device, shutdown.clone()).await?;
     let address = listener.local_addr()?;
-    for federation in &args.federations {
+    for federation in names {
         println!("invite link: {}/?federation={federation}", base_url(address));
     }
     if address.ip().is_unspecified() {
         println!("on other machines, put this machine's address or name in place of localhost");
     }
-    if !has_page(&args.www) {
+    if !has_page(&flags.www) {
         tracing::warn!(
             "{} holds no built page, so browsers cannot join; run `just web`, or name the page's folder with --www",
-            args.www.display()
+            flags.www.display()
         );
     }
     cancel_on_signal(shutdown);
     app.serve(listener).await?;
-    println!("stopped; results are in {}", args.data_dir.display());
+    println!("stopped; results are in {}", flags.data_dir.display());
     Ok(())
 }
 

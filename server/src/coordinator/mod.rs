@@ -1,25 +1,31 @@
-//! The owner task of a federation and the cheap handle to it. All state lives in the task; the rules are in [`round`],
-//! merging and judging in `evaluation`.
+//! The owner task of a federation and the cheap handle to it. All state lives in the task; the rules are in [`round`], who takes
+//! part in `members`, merging and judging in `evaluation`, going on after a restart in `restore`.
+//!
+//! What is told is on disk already: a round before its `Round`, an update before its `UpdateAccepted`, a participant before its
+//! `Welcome`, a merge before the next round. So a server that is killed anywhere goes on as if nothing had happened: whoever was
+//! not answered sends again. Where the disk fails, the federation stops and nothing is acknowledged. A write blocks the task for
+//! some milliseconds: nothing could be said before it is done anyway.
 
 mod evaluation;
+mod members;
+mod restore;
 pub mod round;
 
 use crate::held_out::HeldOut;
 use crate::llm_host::LlmHandle;
-use crate::store::{SavedParticipant, SavedState, Store};
-use fednano_shared::aggregate;
-use fednano_shared::model::adapter::NanoAdapters;
+use crate::store::Store;
+use evaluation::{Judged, Pending};
+use fednano_shared::aggregate::{self, StrategyState};
 use fednano_shared::plain::AdapterState;
 use fednano_shared::settings::FederationSettings;
-use fednano_shared::step::Evaluation;
 use fednano_shared::wire::{
-    ClientKind, Fault, FaultCode, Hello, ParticipantId, ParticipantStatus, Phase, Purpose, RoundResult, ServerMessage,
-    SessionToken, Status, Traffic, Update,
+    Fault, FaultCode, Hello, LocalEvaluation, ParticipantId, Phase, Purpose, RoundResult, ServerMessage, SessionToken,
+    Status, Traffic, Update,
 };
-use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
-use round::{Action, Event, Limits, Machine};
-use std::collections::BTreeMap;
+use members::Participant;
+pub use restore::{Founding, start};
+use round::{Action, Event, Machine, Refusal};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -30,6 +36,8 @@ const COMMANDS: usize = 256;
 const OUTBOX: usize = 32;
 /// The machine is given time this often, and changes are shown at most this often.
 const TICK: Duration = Duration::from_millis(200);
+/// What a participant sends after `Finished` belongs to this round: its personal adapters, which nobody merges.
+pub const AFTER_ROUNDS: u32 = u32::MAX;
 
 /// What a session gets when it is let in.
 pub struct Joined {
@@ -50,21 +58,22 @@ pub struct Joined {
 enum Command {
     Join(Hello, oneshot::Sender<Result<Joined, Fault>>),
     Update(ParticipantId, Box<Update>),
+    Personal(ParticipantId, LocalEvaluation),
     Progress(ParticipantId, u32, (u32, u32), f32),
     Traffic(ParticipantId, Box<Traffic>),
     Lost(ParticipantId, u64),
     Left(ParticipantId),
-    Evaluated(Result<Evaluation, String>),
-    Settle(oneshot::Sender<()>),
+    Judged(Box<Judged>),
+    Stop(oneshot::Sender<()>),
 }
 
-/// A cheap handle to a federation.
+/// A cheap handle to a federation. The federation ends with its last handle.
 #[derive(Clone)]
 pub struct Federation {
     commands: mpsc::Sender<Command>,
     status: watch::Receiver<Status>,
     adapter: watch::Receiver<AdapterState>,
-    failure: watch::Receiver<Option<String>>,
+    failure: watch::Receiver<Option<Fault>>,
 }
 
 impl Federation {
@@ -74,10 +83,12 @@ impl Federation {
     /// A [`Fault`] for it.
     pub async fn join(&self, hello: Hello) -> Result<Joined, Fault> {
         let (reply, answer) = oneshot::channel();
-        let gone = || Fault {
-            code: FaultCode::Server,
-            cause: "the federation has stopped".into(),
-            remedy: "ask the operator, or try again after a restart".into(),
+        let gone = || {
+            self.failure.borrow().clone().unwrap_or_else(|| Fault {
+                code: FaultCode::Server,
+                cause: "the federation has stopped".into(),
+                remedy: "ask the operator, or try again after a restart".into(),
+            })
         };
         self.commands.send(Command::Join(hello, reply)).await.map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?
@@ -86,6 +97,11 @@ impl Federation {
     /// Hand over an update; the answer comes through the outbox.
     pub async fn update(&self, from: ParticipantId, update: Update) {
         drop(self.commands.send(Command::Update(from, Box::new(update))).await);
+    }
+
+    /// What a participant's personal adapters are worth to it.
+    pub async fn personal(&self, of: ParticipantId, local: LocalEvaluation) {
+        drop(self.commands.send(Command::Personal(of, local)).await);
     }
 
     /// Show progress: round, (steps done, steps), loss.
@@ -120,21 +136,21 @@ impl Federation {
         done.unwrap_or_else(|_| self.status())
     }
 
-    /// Wait until the federation has failed for good (it may never); the cause.
+    /// Wait until the federation has failed for good (it may never); cause and remedy.
     pub async fn failed(&self) -> String {
         let mut failure = self.failure.clone();
-        let cause = failure.wait_for(Option::is_some).await.ok().and_then(|cause| cause.clone());
-        match cause {
-            Some(cause) => cause,
+        let fault = failure.wait_for(Option::is_some).await.ok().and_then(|fault| fault.clone());
+        match fault {
+            Some(fault) => fault.to_string(),
             None => std::future::pending().await,
         }
     }
 
-    /// Wait until no merged round is being evaluated: until then it is not on disk.
-    pub async fn settled(&self) {
+    /// End it, behind every update that a session has handed over; then its store is closed and another server may open it.
+    /// A merge that is being judged is not lost: its updates are on disk, and it is made again after a restart.
+    pub async fn stop(&self) {
         let (reply, answer) = oneshot::channel();
-        // In line behind every update that a session has handed over.
-        if self.commands.send(Command::Settle(reply)).await.is_ok() {
+        if self.commands.send(Command::Stop(reply)).await.is_ok() {
             drop(answer.await);
         }
     }
@@ -145,143 +161,33 @@ impl Federation {
     }
 }
 
-struct Participant {
-    token: SessionToken,
-    name: String,
-    kind: ClientKind,
-    device: String,
-    samples: u32,
-    progress: (u32, u32),
-    loss: Option<f32>,
-    traffic: Traffic,
-    outbox: Option<mpsc::Sender<ServerMessage>>,
-    connection: u64,
+/// A round that has begun, as it is on disk.
+struct Opened {
+    round: u32,
+    assigned: BTreeSet<ParticipantId>,
 }
 
 struct Coordinator {
     name: String,
     settings: FederationSettings,
-    model: String,
     machine: Machine,
     participants: BTreeMap<ParticipantId, Participant>,
-    updates: BTreeMap<ParticipantId, Update>,
+    updates: BTreeMap<(ParticipantId, u32), Update>, // accepted, not merged; by the round they were trained in
+    open: Option<Opened>,
     history: Vec<RoundResult>,
     global: AdapterState,
-    merged: Option<AdapterState>, // becomes `global` once it has been evaluated
-    merged_from: Vec<ParticipantId>,
+    strategy: StrategyState,
+    pending: Option<Pending>, // a merge that is being judged
     round_started: Instant,
     clock: Instant,
     llm: LlmHandle,
     held_out: Arc<HeldOut>,
     store: Store,
-    commands: mpsc::Sender<Command>,
+    commands: mpsc::WeakSender<Command>, // weak, or it would keep itself alive
     shown: watch::Sender<Status>,
     shown_adapter: watch::Sender<AdapterState>,
-    failure: watch::Sender<Option<String>>,
-    settling: Vec<oneshot::Sender<()>>,
+    failure: watch::Sender<Option<Fault>>,
     changed: bool,
-}
-
-/// Start (or go on with) a federation. `model` is the hash of the client part.
-///
-/// # Errors
-/// Invalid settings; a store of other settings or another model.
-pub fn start(
-    name: &str,
-    settings: FederationSettings,
-    model: &str,
-    dim: usize,
-    llm: LlmHandle,
-    held_out: Arc<HeldOut>,
-    store: Store,
-) -> anyhow::Result<Federation> {
-    settings.validate().map_err(|faults| anyhow::anyhow!("the settings are not usable: {}", faults.join("; ")))?;
-    let saved = store.load()?;
-    if let Some((state, _)) = &saved {
-        anyhow::ensure!(
-            state.settings == settings && state.model == model,
-            "federation '{name}' was begun with other settings or another model; use the same ones, another name, or another --data-dir"
-        );
-    }
-    let initial = NanoAdapters::initial(settings.rank, dim, &mut ChaCha8Rng::seed_from_u64(settings.seed));
-    let (history, global, known) = match saved {
-        Some((state, adapter)) => (state.history, adapter, state.participants),
-        None => (Vec::new(), initial, Vec::new()),
-    };
-    let done = history.last().map_or(0, |r| r.round);
-    let first_evaluation = history.is_empty();
-    let limits = Limits {
-        rounds: settings.rounds,
-        min_participants: settings.min_participants,
-        deadline: settings.round_deadline_s * 1000,
-        grace: settings.grace_s * 1000,
-    };
-    let ids: Vec<_> = known.iter().map(|p| ParticipantId(p.id)).collect();
-    let mut machine = Machine::new(limits, done, &ids);
-    if done == 0 && !first_evaluation {
-        machine.step(0, Event::Evaluated);
-    }
-    let participants = known.into_iter().map(|p| {
-        (
-            ParticipantId(p.id),
-            Participant {
-                token: SessionToken(p.token),
-                name: p.name,
-                kind: p.kind,
-                device: p.device,
-                samples: p.samples,
-                progress: (0, 0),
-                loss: None,
-                traffic: Traffic::default(),
-                outbox: None,
-                connection: 0,
-            },
-        )
-    });
-    let (commands, inbox) = mpsc::channel(COMMANDS);
-    let mut coordinator = Coordinator {
-        name: name.to_owned(),
-        machine,
-        participants: participants.collect(),
-        updates: BTreeMap::new(),
-        history,
-        merged: None,
-        merged_from: Vec::new(),
-        round_started: Instant::now(),
-        clock: Instant::now(),
-        llm,
-        held_out,
-        store,
-        commands: commands.clone(),
-        model: model.to_owned(),
-        shown: watch::Sender::new(Status {
-            federation: name.to_owned(),
-            phase: Phase::Lobby,
-            round: 0,
-            rounds: settings.rounds,
-            participants: Vec::new(),
-            history: Vec::new(),
-            min_participants: settings.min_participants,
-        }),
-        shown_adapter: watch::Sender::new(global.clone()),
-        failure: watch::Sender::new(None),
-        settling: Vec::new(),
-        global,
-        settings,
-        changed: true,
-    };
-    coordinator.show();
-    let handle = Federation {
-        commands,
-        status: coordinator.shown.subscribe(),
-        adapter: coordinator.shown_adapter.subscribe(),
-        failure: coordinator.failure.subscribe(),
-    };
-    if first_evaluation {
-        coordinator.evaluate(coordinator.global.clone());
-    }
-    tokio::spawn(coordinator.run(inbox));
-    Ok(handle)
 }
 
 impl Coordinator {
@@ -290,31 +196,77 @@ impl Coordinator {
         loop {
             tokio::select! {
                 command = inbox.recv() => match command {
+                    Some(Command::Stop(reply)) => {
+                        drop(self); // and with it the store
+                        let _ = reply.send(());
+                        return;
+                    }
                     Some(command) => self.handle(command),
                     None => return,
                 },
-                _ = ticks.tick() => {
-                    self.event(Event::Tick);
-                    if self.changed {
-                        self.show();
-                    }
-                }
+                _ = ticks.tick() => self.tick(),
             }
         }
     }
 
+    fn tick(&mut self) {
+        if self.failed().is_none() {
+            let done = self.event(Event::Tick);
+            self.check(done);
+            if self.changed {
+                self.show();
+            }
+        }
+    }
+
+    /// Cause and remedy, once it has failed.
+    fn failed(&self) -> Option<Fault> {
+        self.failure.borrow().clone()
+    }
+
     fn handle(&mut self, command: Command) {
         self.changed = true;
-        match command {
-            Command::Join(hello, reply) => {
-                let joined = self.join(hello);
-                let connected = joined.as_ref().ok().map(|j| j.id);
-                let let_in = reply.send(joined).is_ok();
-                if let Some(id) = connected.filter(|_| let_in) {
-                    self.event(Event::Connected(id));
-                }
+        match (command, self.failed()) {
+            (Command::Join(_, reply), Some(fault)) => drop(reply.send(Err(fault))),
+            (_, Some(_)) => {}
+            (command, None) => {
+                let done = self.take(command);
+                self.check(done);
             }
-            Command::Update(from, update) => self.update(from, *update),
+        }
+    }
+
+    /// A disk that fails ends the federation: going on would promise what a restart could not keep.
+    fn check(&mut self, done: anyhow::Result<()>) {
+        if let Err(cause) = done {
+            self.fail(members::unwritable(&cause));
+        }
+    }
+
+    /// # Errors
+    /// A write that failed.
+    fn take(&mut self, command: Command) -> anyhow::Result<()> {
+        match command {
+            Command::Join(hello, reply) => match self.join(hello) {
+                Ok(joined) => {
+                    let id = joined.id;
+                    if reply.send(Ok(joined)).is_ok() {
+                        self.event(Event::Connected(id))?;
+                    }
+                }
+                Err(members::Refused::Disk(cause)) => {
+                    let _ = reply.send(Err(members::unwritable(&cause)));
+                    return Err(cause);
+                }
+                Err(members::Refused::Fault(fault)) => drop(reply.send(Err(fault))),
+            },
+            Command::Update(from, update) => self.update(from, *update)?,
+            Command::Personal(id, local) => {
+                if let Some(p) = self.participants.get_mut(&id) {
+                    p.local = evaluation::plausible(local, p.saved.samples);
+                }
+                self.llm.release(id);
+            }
             Command::Progress(id, round, progress, loss) => {
                 if let Some(p) = self.participants.get_mut(&id).filter(|_| round == self.machine.round()) {
                     p.progress = progress;
@@ -323,105 +275,74 @@ impl Coordinator {
             }
             Command::Traffic(id, t) => {
                 if let Some(p) = self.participants.get_mut(&id) {
-                    add(&mut p.traffic, &t);
+                    members::add(&mut p.traffic, &t);
                 }
             }
             Command::Lost(id, connection) => {
                 if let Some(p) = self.participants.get_mut(&id).filter(|p| p.connection == connection) {
                     p.outbox = None;
-                    self.event(Event::Lost(id));
+                    self.llm.release(id);
+                    self.event(Event::Lost(id))?;
                 }
             }
             Command::Left(id) => {
                 if let Some(p) = self.participants.get_mut(&id) {
                     p.outbox = None;
-                    self.event(Event::Left(id));
+                    self.leave(id)?;
                 }
             }
-            Command::Evaluated(result) => self.evaluated(result),
-            Command::Settle(reply) => self.settle(reply),
+            Command::Judged(judged) => self.judged(*judged)?,
+            Command::Stop(reply) => drop(reply), // `run` has taken it
         }
+        Ok(())
     }
 
-    fn join(&mut self, hello: Hello) -> Result<Joined, Fault> {
-        if let Some(cause) = self.failure.borrow().as_ref() {
-            return Err(evaluation::not_judged(cause));
-        }
-        let known = hello
-            .resume
-            .as_ref()
-            .and_then(|t| self.participants.iter().find(|(_, p)| p.token == *t))
-            .map(|(id, _)| *id);
-        let id = known.unwrap_or_else(|| ParticipantId(self.participants.keys().last().map_or(1, |id| id.0 + 1)));
-        let token = match known.and_then(|id| self.participants.get(&id)) {
-            Some(p) => p.token.clone(),
-            None => new_token().map_err(|cause| Fault {
-                code: FaultCode::Server,
-                cause,
-                remedy: "ask the operator to look at the server".into(),
-            })?,
-        };
-        if let Some(old) = self.participants.get_mut(&id).and_then(|p| p.outbox.take()) {
-            // Told nothing, the older tab would come back and throw the newer one out, without end. Where it does not
-            // listen any more, nothing needs to be said.
-            drop(old.try_send(ServerMessage::Refused(taken_over())));
-        }
-        let (sender, outbox) = mpsc::channel(OUTBOX);
-        let connection = self.participants.get(&id).map_or(0, |p| p.connection) + 1;
-        let mut traffic = self.participants.get(&id).map(|p| p.traffic).unwrap_or_default();
-        // The same download is announced again by a program that comes back.
-        traffic.edge_down = traffic.edge_down.max(hello.edge_bytes);
-        self.participants.insert(
-            id,
-            Participant {
-                token: token.clone(),
-                name: hello.name,
-                kind: hello.kind,
-                device: hello.device,
-                samples: hello.samples,
-                progress: (0, 0),
-                loss: None,
-                traffic,
-                outbox: Some(sender),
-                connection,
-            },
-        );
-        tracing::info!(federation = self.name, participant = id.0, again = known.is_some(), "joined");
-        if known.is_none() {
-            self.save(); // so that it is known again after a restart of the server
-        }
-        Ok(Joined { id, token, settings: self.settings.clone(), status: self.status(), outbox, connection })
-    }
-
-    fn update(&mut self, from: ParticipantId, mut update: Update) {
+    fn update(&mut self, from: ParticipantId, mut update: Update) -> anyhow::Result<()> {
         let round = update.round;
+        let announced = self.participants.get(&from).map_or(0, |p| p.saved.samples);
         // Nobody raises its weight above the samples it announced.
-        update.samples = update.samples.min(self.participants.get(&from).map_or(0, |p| p.samples));
-        let candidate = evaluation::client_update(from, &update);
-        if let Err(cause) = aggregate::validate(self.settings.strategy, &self.global, &candidate) {
+        update.samples = update.samples.min(announced);
+        update.local = update.local.and_then(|local| evaluation::plausible(local, announced));
+        let candidate = evaluation::client_update(from, update.clone(), 0);
+        if let Err(cause) = aggregate::validate(&self.settings, &self.global, &candidate) {
             let fault = Fault {
                 code: FaultCode::Invalid,
                 cause: format!("the update was not counted: {cause}"),
                 remedy: "reload and join again; if training diverged, ask the operator for a lower learning rate"
                     .into(),
             };
-            self.tell(from, ServerMessage::UpdateRefused { round, fault });
             // It cannot send a better one: the round must not wait for it.
-            self.event(Event::Left(from));
-            return;
+            self.leave(from)?;
+            self.tell(from, ServerMessage::UpdateRefused { round, fault });
+            return Ok(());
         }
         let actions = self.step(Event::Updated { from, round });
         // Only what counts is kept, so that a refused update cannot take the place of a counted one; and it is kept before
         // the merge that it may complete.
-        if actions.contains(&Action::Accept { from, round }) {
-            self.updates.insert(from, update);
+        let counts = |a: &Action| *a == Action::Accept { from, round } || *a == Action::AcceptLate { from, round };
+        if actions.iter().any(counts) {
+            self.store.accept(from, &update)?;
+            if let Some(p) = self.participants.get_mut(&from).filter(|_| update.local.is_some()) {
+                p.local = update.local;
+            }
+            self.updates.insert((from, round), update);
         }
-        self.carry_out(actions);
+        self.carry_out(actions)
     }
 
-    fn event(&mut self, event: Event) {
+    /// One that takes no further part: its update counts if it is in, and nobody waits for it.
+    fn leave(&mut self, id: ParticipantId) -> anyhow::Result<()> {
+        if let Some(p) = self.participants.get_mut(&id).filter(|p| !p.saved.left) {
+            p.saved.left = true;
+            self.store.left(id)?;
+        }
+        self.llm.release(id);
+        self.event(Event::Left(id))
+    }
+
+    fn event(&mut self, event: Event) -> anyhow::Result<()> {
         let actions = self.step(event);
-        self.carry_out(actions);
+        self.carry_out(actions)
     }
 
     fn step(&mut self, event: Event) -> Vec<Action> {
@@ -429,19 +350,19 @@ impl Coordinator {
         self.machine.step(now, event)
     }
 
-    fn carry_out(&mut self, actions: Vec<Action>) {
+    fn carry_out(&mut self, actions: Vec<Action>) -> anyhow::Result<()> {
         for action in actions {
             self.changed = true;
-            self.act(action);
+            self.act(action)?;
         }
+        Ok(())
     }
 
-    fn act(&mut self, action: Action) {
+    fn act(&mut self, action: Action) -> anyhow::Result<()> {
         match action {
             Action::Start { round, to } => {
-                if to.len() == self.participants.values().filter(|p| p.outbox.is_some()).count() {
-                    self.round_started = Instant::now();
-                }
+                self.open(round, &to)?;
+                self.llm.expect(round, &to);
                 for id in to {
                     if let Some(p) = self.participants.get_mut(&id) {
                         (p.progress, p.loss) = ((0, 0), None);
@@ -449,127 +370,90 @@ impl Coordinator {
                     self.tell(id, ServerMessage::Round { round, adapter: self.global.clone() });
                 }
             }
-            Action::Accept { from, round } => self.tell(from, ServerMessage::UpdateAccepted { round }),
-            Action::Refuse { from, round } => {
-                let current = self.machine.round();
-                let fault = Fault {
-                    code: FaultCode::StaleRound,
-                    cause: format!(
-                        "the update is for round {round}, the federation is in round {current}, or it was counted already"
-                    ),
-                    remedy: "wait for the next round; nothing needs to be done".into(),
-                };
-                self.tell(from, ServerMessage::UpdateRefused { round, fault });
+            Action::Wait { round, to } => {
+                for id in to {
+                    // Who takes part is drawn anew each round, so nobody knows for how long.
+                    self.tell(id, ServerMessage::Wait { round, rounds_until: None });
+                }
             }
-            Action::Merge { round, from } => self.merge(round, &from),
-            Action::Abandon { round } => {
+            Action::Accept { from, round } => {
+                self.llm.release(from);
+                self.tell(from, ServerMessage::UpdateAccepted { round });
+            }
+            // It may train in the current round as well, so it is not released.
+            Action::AcceptLate { from, round } => self.tell(from, ServerMessage::UpdateAccepted { round }),
+            Action::Refuse { from, round, why } => self.refuse(from, round, why),
+            Action::Merge { round, from } => self.merge(round, from),
+            Action::Pause { round } => {
                 tracing::info!(
                     federation = self.name,
                     round,
-                    "no update arrived; the round begins anew when somebody is there"
+                    "nobody is left who could finish the round: paused until people are there; nothing is lost"
                 );
-                self.updates.clear();
-            }
-            Action::Finish => {
-                for id in self.participants.keys().copied().collect::<Vec<_>>() {
-                    self.tell(id, ServerMessage::Finished { adapter: self.global.clone() });
-                }
+                self.llm.release_all();
                 self.show();
             }
-            Action::TellFinished(id) => self.tell(id, ServerMessage::Finished { adapter: self.global.clone() }),
+            Action::Finish => {
+                self.finish(self.participants.keys().copied().collect());
+                self.show();
+            }
+            Action::TellFinished(id) => self.finish(vec![id]),
         }
+        Ok(())
     }
 
-    fn save(&self) {
-        let participants = self.participants.iter().map(|(id, p)| SavedParticipant {
-            id: id.0,
-            token: p.token.0.clone(),
-            name: p.name.clone(),
-            kind: p.kind,
-            device: p.device.clone(),
-            samples: p.samples,
-        });
-        let state = SavedState {
-            settings: self.settings.clone(),
-            model: self.model.clone(),
-            history: self.history.clone(),
-            participants: participants.collect(),
+    /// Put on disk that a round has begun for these, or that they have joined it.
+    fn open(&mut self, round: u32, to: &[ParticipantId]) -> anyhow::Result<()> {
+        match &mut self.open {
+            Some(open) if open.round == round => {
+                for id in to {
+                    if open.assigned.insert(*id) {
+                        self.store.assign(round, *id)?;
+                    }
+                }
+            }
+            _ => {
+                self.store.begin_round(round, self.machine.target(), to)?;
+                self.open = Some(Opened { round, assigned: to.iter().copied().collect() });
+                self.round_started = Instant::now();
+            }
+        }
+        Ok(())
+    }
+
+    fn refuse(&mut self, from: ParticipantId, round: u32, why: Refusal) {
+        // For a program they all mean that this update is done with, and to wait for what comes next.
+        let fault = Fault {
+            code: if why == Refusal::Finished { FaultCode::Finished } else { FaultCode::StaleRound },
+            cause: format!("the update for round {round} was not counted: {}", why.cause()),
+            remedy: why.remedy().into(),
         };
-        if let Err(e) = self.store.save(&state, &self.global) {
-            tracing::error!(federation = self.name, "the round is not on disk: {e:#}");
+        self.tell(from, ServerMessage::UpdateRefused { round, fault });
+    }
+
+    /// All rounds are done. Whoever goes on with adapters of its own needs the LLM still.
+    fn finish(&mut self, to: Vec<ParticipantId>) {
+        let connected: Vec<_> = to.into_iter().filter(|id| self.machine.connected(*id)).collect();
+        if self.settings.strategy.personal() {
+            self.llm.expect(AFTER_ROUNDS, &connected);
+        }
+        for id in connected {
+            self.tell(id, ServerMessage::Finished { adapter: self.global.clone() });
         }
     }
 
-    fn tell(&mut self, id: ParticipantId, message: ServerMessage) {
-        let Some(p) = self.participants.get_mut(&id) else {
-            return;
-        };
-        let status = matches!(message, ServerMessage::Status(_));
-        if let Some(outbox) = &p.outbox
-            && outbox.try_send(message).is_err()
-            && !status
-        {
-            p.outbox = None; // too slow, or gone: its session ends and it may come back
+    /// It cannot go on. Participants come back when the server does.
+    fn fail(&mut self, fault: Fault) {
+        tracing::error!(federation = self.name, "the federation has stopped: {fault}");
+        self.llm.release_all();
+        for p in self.participants.values_mut() {
+            if let Some(outbox) = p.outbox.take() {
+                // Where it does not listen any more, nothing needs to be said.
+                drop(outbox.try_send(ServerMessage::Closing(fault.clone())));
+            }
         }
+        self.failure.send_replace(Some(fault));
     }
-
-    fn status(&self) -> Status {
-        let participants = self.participants.iter().map(|(id, p)| ParticipantStatus {
-            id: *id,
-            name: p.name.clone(),
-            kind: p.kind,
-            device: p.device.clone(),
-            samples: p.samples,
-            connected: self.machine.connected(*id),
-            progress: p.progress,
-            loss: p.loss,
-            updated: self.machine.updated(*id),
-            traffic: p.traffic,
-        });
-        Status {
-            federation: self.name.clone(),
-            phase: self.machine.phase(),
-            round: self.machine.round(),
-            rounds: self.settings.rounds,
-            participants: participants.collect(),
-            history: self.history.clone(),
-            min_participants: self.settings.min_participants,
-        }
-    }
-
-    fn show(&mut self) {
-        self.changed = false;
-        let status = self.status();
-        for id in self.participants.keys().copied().collect::<Vec<_>>() {
-            self.tell(id, ServerMessage::Status(status.clone()));
-        }
-        self.shown.send_replace(status);
-    }
-}
-
-fn taken_over() -> Fault {
-    Fault {
-        code: FaultCode::OutOfOrder,
-        cause: "another tab or program goes on with this participation".into(),
-        remedy: "use that one, or open the invite link in a new tab".into(),
-    }
-}
-
-fn add(sum: &mut Traffic, t: &Traffic) {
-    sum.activations_up += t.activations_up;
-    sum.updates_up += t.updates_up;
-    sum.control_up += t.control_up;
-    sum.gradients_down += t.gradients_down;
-    sum.adapters_down += t.adapters_down;
-    sum.control_down += t.control_down;
-    sum.edge_down += t.edge_down;
-}
-
-/// 128 random bits from the system.
-fn new_token() -> Result<SessionToken, String> {
-    let mut bytes = [0u8; 16];
-    getrandom::fill(&mut bytes).map_err(|e| format!("the system gives no random numbers: {e}"))?;
-    Ok(SessionToken(bytes.iter().map(|b| format!("{b:02x}")).collect()))
 }
 
 /// Is this connection one that only asks? Then it is no participant.

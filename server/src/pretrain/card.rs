@@ -46,7 +46,7 @@ pub fn measure(dir: &Path, seed: u64, device: &Device) -> anyhow::Result<BTreeMa
         let (scene, asked) = scene_with_questions(&mut rng, 1..=4, QUESTIONS);
         data.pictures.push(scene.render(&mut rng));
         for qa in asked {
-            data.samples.push(Sample { picture, question: qa.question, answer: qa.answer });
+            data.samples.push(Sample { picture: Some(picture), question: qa.question, answer: qa.answer });
             kinds.push(qa.kind);
         }
     }

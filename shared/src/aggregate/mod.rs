@@ -1,23 +1,60 @@
-//! Merging updates. One validation for all strategies, one file for each strategy; no clock, no I/O, no sampling.
+//! Merging updates: one guard for all strategies, one weighted mean, one file for each way of merging. No clock, no I/O,
+//! no sampling, no order of arrival.
+//!
+//! | strategy | merged by |
+//! | --- | --- |
+//! | local | [`local`]: not at all |
+//! | fedavg, centralised, fedprox, feddpa-f | [`fedavg`]; they differ in what clients do |
+//! | fedadam | [`fedadam`] |
+//! | median | [`median`] |
+//! | trimmed-mean | [`trimmed_mean`] |
+//! | fisher, fisher-ef, fisher-adam | [`fisher`]; they differ in what clients send |
 
+#[cfg(test)]
+mod attackers;
+pub mod fedadam;
 pub mod fedavg;
 pub mod fisher;
+pub mod guard;
+pub mod local;
+pub mod mean;
+pub mod median;
+pub mod trimmed_mean;
+
+pub use guard::validate;
 
 use crate::plain::{AdapterState, PlainError};
-use crate::settings::Strategy;
+use crate::settings::{FederationSettings, Strategy};
 use crate::wire::ParticipantId;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// A participant's update, ready to merge.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ClientUpdate {
     /// From whom.
     pub client: ParticipantId,
-    /// Trained adapters.
+    /// Rounds late; 0: in time.
+    pub staleness: u32,
+    /// Trained adapters; without tensors where the strategy uploads none.
     pub adapter: AdapterState,
     /// Diagonal Fisher, where the strategy wants it.
     pub fisher: Option<AdapterState>,
     /// Samples trained on; the update's weight.
     pub samples: u32,
+}
+
+/// What a strategy remembers from round to round: FedAdam's moments "m" and "v", nothing for the others.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct StrategyState(pub BTreeMap<String, AdapterState>);
+
+/// The outcome of a merge.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Merged {
+    /// The next global adapters.
+    pub adapter: AdapterState,
+    /// Whose updates were so long that they were shortened (`max_delta_norm`).
+    pub shortened: Vec<ParticipantId>,
 }
 
 /// Why updates cannot be merged.
@@ -34,6 +71,14 @@ pub enum AggregateError {
         /// What is wrong.
         cause: UpdateFault,
     },
+    /// What the strategy remembered belongs to other adapters.
+    #[error("what the strategy remembers as '{name}' does not fit the adapters: {cause}; begin a new federation")]
+    State {
+        /// Which part.
+        name: String,
+        /// What is wrong.
+        cause: PlainError,
+    },
 }
 
 /// What is wrong with one update.
@@ -45,133 +90,185 @@ pub enum UpdateFault {
     /// No weight.
     #[error("it was trained on 0 samples")]
     NoSamples,
+    /// Values that no training yields.
+    #[error(
+        "its values for '{name}' are {size:.1e} on the root mean square, at most {most:.0} are accepted; lower the learning rate if training diverged"
+    )]
+    Absurd {
+        /// Which tensor.
+        name: String,
+        /// Root mean square found.
+        size: f64,
+        /// Root mean square allowed.
+        most: f64,
+    },
     /// Fisher is missing.
-    #[error("it carries no Fisher values, which strategy 'fisher' needs; update the client")]
-    NoFisher,
+    #[error("it carries no Fisher values, which strategy '{0}' needs; update the client")]
+    NoFisher(Strategy),
     /// Squares cannot be negative.
     #[error("its Fisher values for '{0}' are negative; they are means of squares")]
     NegativeFisher(String),
+    /// Private adapters.
+    #[error("it carries adapters, which strategy '{0}' keeps with the participant; update the client")]
+    Uninvited(Strategy),
 }
 
 /// A way of merging.
 pub trait Aggregator {
-    /// The next global adapters. Updates are validated and sorted by participant.
+    /// The next global adapters. Updates are validated, at least one, sorted by participant and lateness; the state is
+    /// changed only where the merge succeeds.
     ///
     /// # Errors
     /// [`AggregateError`].
-    fn aggregate(&mut self, global: &AdapterState, updates: &[ClientUpdate]) -> Result<AdapterState, AggregateError>;
+    fn aggregate(
+        &self,
+        global: &AdapterState,
+        updates: &[ClientUpdate],
+        state: &mut StrategyState,
+    ) -> Result<AdapterState, AggregateError>;
 }
 
-/// Validate one update against the global adapters: the one check, made when an update arrives and again before merging.
-///
-/// # Errors
-/// [`UpdateFault`].
-pub fn validate(strategy: Strategy, global: &AdapterState, update: &ClientUpdate) -> Result<(), UpdateFault> {
-    if update.samples == 0 {
-        return Err(UpdateFault::NoSamples);
-    }
-    update.adapter.check_like(global)?;
-    match (&update.fisher, strategy) {
-        (None, Strategy::Fisher) => return Err(UpdateFault::NoFisher),
-        (Some(fisher), _) => {
-            fisher.check_like(global)?;
-            if let Some((name, _)) = fisher.0.iter().find(|(_, b)| b.data.iter().any(|v| *v < 0.0)) {
-                return Err(UpdateFault::NegativeFisher(name.clone()));
-            }
-        }
-        (None, Strategy::FedAvg) => {}
-    }
-    Ok(())
-}
-
-/// Validate, sort by participant, merge.
+/// Validate, sort, shorten, merge. The state belongs to the merge: who drops the merge must drop the new state too.
 ///
 /// # Errors
 /// [`AggregateError`].
 pub fn merge(
-    strategy: Strategy,
+    settings: &FederationSettings,
     global: &AdapterState,
     mut updates: Vec<ClientUpdate>,
-) -> Result<AdapterState, AggregateError> {
+    state: &mut StrategyState,
+) -> Result<Merged, AggregateError> {
     if updates.is_empty() {
         return Err(AggregateError::Empty);
     }
     for update in &updates {
-        validate(strategy, global, update).map_err(|cause| AggregateError::Update { client: update.client, cause })?;
+        validate(settings, global, update).map_err(|cause| AggregateError::Update { client: update.client, cause })?;
     }
-    updates.sort_by_key(|u| u.client);
-    match strategy {
-        Strategy::FedAvg => fedavg::FedAvg.aggregate(global, &updates),
-        Strategy::Fisher => fisher::FisherMerge::default().aggregate(global, &updates),
-    }
+    updates.sort_by_key(|u| (u.client, u.staleness));
+    let shortened = guard::shorten(settings, global, &mut updates);
+    let adapter = aggregator(settings).aggregate(global, &updates, state)?;
+    Ok(Merged { adapter, shortened })
 }
 
-/// `sum_k w_k theta_k / sum_k w_k`, element by element in f64; `weights(k, name, i)` of one update, tensor and element.
-/// The one weighted mean that every strategy uses. Where all weights are 0 the global value stays.
-pub(crate) fn weighted_mean(
-    global: &AdapterState,
-    updates: &[ClientUpdate],
-    weights: impl Fn(usize, &str, usize) -> f64,
-) -> AdapterState {
-    let mut merged = global.clone();
-    for (name, blob) in &mut merged.0 {
-        for (i, value) in blob.data.iter_mut().enumerate() {
-            let (mut sum, mut total) = (0f64, 0f64);
-            for (k, update) in updates.iter().enumerate() {
-                let weight = weights(k, name, i);
-                sum += weight * f64::from(update.adapter.0[name].data[i]);
-                total += weight;
-            }
-            if total > 0.0 {
-                *value = (sum / total) as f32;
-            }
+fn aggregator(settings: &FederationSettings) -> Box<dyn Aggregator> {
+    match settings.strategy {
+        Strategy::Local => Box::new(local::Local),
+        Strategy::Centralised | Strategy::FedAvg | Strategy::FedProx | Strategy::FedDpaF => {
+            Box::new(fedavg::FedAvg::of(settings))
         }
+        Strategy::FedAdam => Box::new(fedadam::FedAdam::of(settings)),
+        Strategy::Median => Box::new(median::Median),
+        Strategy::TrimmedMean => Box::new(trimmed_mean::TrimmedMean::of(settings)),
+        Strategy::Fisher | Strategy::FisherEf | Strategy::FisherAdam => Box::new(fisher::FisherMerge::of(settings)),
     }
-    merged
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::plain::TensorBlob;
+
+    /// Adapters of a rank on a width, each value by its running number.
+    pub(crate) fn adapters(rank: usize, dim: usize, mut value: impl FnMut(usize) -> f32) -> AdapterState {
+        let blob = |(tensor, name): (usize, &str)| {
+            let shape = if name.ends_with("down") { vec![rank, dim] } else { vec![dim, rank] };
+            let data = (0..rank * dim).map(|i| value(tensor * rank * dim + i)).collect();
+            (name.to_owned(), TensorBlob { shape, data })
+        };
+        AdapterState(AdapterState::NAMES.into_iter().enumerate().map(blob).collect())
+    }
 
     /// Rank 1 on width 1: four tensors of one value.
     pub(crate) fn scalars(values: [f32; 4]) -> AdapterState {
-        let mut state = AdapterState::zeros(1, 1);
-        state.0.values_mut().zip(values).for_each(|(b, v)| b.data[0] = v);
-        state
+        adapters(1, 1, |i| values[i])
     }
 
     pub(crate) fn update(client: u32, samples: u32, adapter: [f32; 4], fisher: [f32; 4]) -> ClientUpdate {
         ClientUpdate {
             client: ParticipantId(client),
+            staleness: 0,
             adapter: scalars(adapter),
             fisher: Some(scalars(fisher)),
             samples,
         }
     }
 
+    pub(crate) fn settings(strategy: Strategy) -> FederationSettings {
+        FederationSettings { strategy, ..Default::default() }
+    }
+
+    /// Merge with no memory.
+    pub(crate) fn merged(
+        settings: &FederationSettings,
+        global: &AdapterState,
+        updates: &[ClientUpdate],
+    ) -> Result<Merged, AggregateError> {
+        merge(settings, global, updates.to_vec(), &mut StrategyState::default())
+    }
+
+    fn updates_of(strategy: Strategy) -> [ClientUpdate; 3] {
+        let all = [
+            update(1, 3, [0.1, 0.2, 0.3, 0.4], [1.0; 4]),
+            update(2, 5, [0.7, 0.6, 0.5, 0.1], [0.3; 4]),
+            update(2, 5, [0.6, 0.6, 0.1, 0.1], [0.7, 0.1, 0.2, 0.3]),
+        ];
+        let mut staleness = 0..;
+        all.map(|u| {
+            let adapter = if strategy.uploads() { u.adapter } else { AdapterState(BTreeMap::new()) };
+            let fisher = u.fisher.filter(|_| strategy.fisher());
+            ClientUpdate { adapter, fisher, staleness: staleness.next().unwrap(), ..u }
+        })
+    }
+
     #[test]
     fn faulty_updates_are_named_with_their_sender() {
         let global = scalars([0.0; 4]);
-        let fault = |strategy, u: ClientUpdate| merge(strategy, &global, vec![u]).unwrap_err().to_string();
+        let fault = |strategy, u: ClientUpdate| merged(&settings(strategy), &global, &[u]).unwrap_err().to_string();
         let good = update(3, 1, [1.0; 4], [1.0; 4]);
-        assert!(fault(Strategy::Fisher, ClientUpdate { samples: 0, ..good.clone() }).contains("participant 3"));
-        assert!(fault(Strategy::Fisher, ClientUpdate { fisher: None, ..good.clone() }).contains("no Fisher"));
+        let with = |change: fn(&mut ClientUpdate)| {
+            let mut u = good.clone();
+            change(&mut u);
+            u
+        };
+        assert!(fault(Strategy::Fisher, with(|u| u.samples = 0)).contains("participant 3"));
+        assert!(fault(Strategy::FisherEf, with(|u| u.fisher = None)).contains("'fisher-ef'"));
         assert!(fault(Strategy::Fisher, update(3, 1, [1.0; 4], [1.0, -1.0, 1.0, 1.0])).contains("negative"));
+        assert!(fault(Strategy::Fisher, update(3, 1, [1.0; 4], [1.0, f32::NAN, 1.0, 1.0])).contains("NaN"));
         assert!(fault(Strategy::FedAvg, update(3, 1, [f32::NAN; 4], [1.0; 4])).contains("NaN"));
-        assert!(
-            fault(Strategy::FedAvg, ClientUpdate { adapter: AdapterState::zeros(2, 1), ..good }).contains("[2, 1]")
-        );
-        assert_eq!(merge(Strategy::FedAvg, &global, vec![]), Err(AggregateError::Empty));
+        assert!(fault(Strategy::Median, update(3, 1, [f32::INFINITY; 4], [1.0; 4])).contains("inf"));
+        assert!(fault(Strategy::FedAvg, update(3, 1, [1e8; 4], [1.0; 4])).contains("root mean square"));
+        assert!(fault(Strategy::FedAvg, with(|u| u.adapter = adapters(2, 1, |_| 0.0))).contains("[2, 1]"));
+        assert!(fault(Strategy::Local, good.clone()).contains("'local'"));
+        assert_eq!(merged(&settings(Strategy::FedAvg), &global, &[]), Err(AggregateError::Empty));
     }
 
     #[test]
     fn the_order_of_arrival_does_not_matter() {
         let global = scalars([0.0; 4]);
-        let (a, b) = (update(1, 3, [0.1, 0.2, 0.3, 0.4], [1.0; 4]), update(2, 5, [0.7, 0.6, 0.5, 0.1], [0.3; 4]));
-        for strategy in [Strategy::FedAvg, Strategy::Fisher] {
-            let forward = merge(strategy, &global, vec![a.clone(), b.clone()]).unwrap();
-            assert_eq!(forward, merge(strategy, &global, vec![b.clone(), a.clone()]).unwrap());
+        for strategy in Strategy::ALL {
+            let mut updates = updates_of(strategy);
+            let forward = merged(&settings(strategy), &global, &updates).unwrap();
+            updates.reverse();
+            assert_eq!(forward, merged(&settings(strategy), &global, &updates).unwrap(), "{strategy}");
+            assert!(forward.adapter.check_like(&global).is_ok());
         }
+    }
+
+    #[test]
+    fn strategies_that_differ_only_on_the_client_merge_alike() {
+        let global = scalars([0.0; 4]);
+        let result = |strategy: Strategy, like: Strategy| {
+            merged(&settings(strategy), &global, &updates_of(like)).unwrap().adapter
+        };
+        let mean = result(Strategy::FedAvg, Strategy::FedAvg);
+        for strategy in [Strategy::Centralised, Strategy::FedProx, Strategy::FedDpaF] {
+            assert_eq!(result(strategy, Strategy::FedAvg), mean);
+        }
+        let fisher = result(Strategy::Fisher, Strategy::Fisher);
+        for strategy in [Strategy::FisherEf, Strategy::FisherAdam] {
+            assert_eq!(result(strategy, Strategy::Fisher), fisher);
+        }
+        assert_ne!(mean, fisher);
+        assert_eq!(result(Strategy::Local, Strategy::Local), global);
     }
 }

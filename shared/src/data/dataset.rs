@@ -1,6 +1,8 @@
-//! Data sets: pictures with questions and answers, read from several layouts.
+//! Data sets: pictures with questions and answers, read from several layouts. A sample may lack its picture or its question.
 //!
 //! The same code runs in a tab, so nothing here touches files: [`parse`] reads text, [`assemble`] asks its caller for pictures.
+//!
+//! [`parse`]: super::formats::parse
 
 use super::formats::Entry;
 use super::picture::Picture;
@@ -24,7 +26,7 @@ pub enum DataError {
     },
     /// A CSV column.
     #[error(
-        "the CSV has no column '{missing}' (its first row is: {found}); the first row must name picture, question and answer, separated by commas"
+        "the CSV has no column '{missing}' (its first row is: {found}); the first row must name answer and picture or question or both, separated by commas"
     )]
     Column {
         /// Name of the column.
@@ -46,7 +48,7 @@ pub enum DataError {
     },
     /// A part of a sample is absent, empty or not text.
     #[error(
-        "{place} has no {what}; every sample needs a picture, a question and an answer: add it or remove the sample"
+        "{place} has no {what}; every sample needs an answer, and a picture or a question or both: add it or remove the sample"
     )]
     Missing {
         /// Line, entry or record.
@@ -60,9 +62,9 @@ pub enum DataError {
         /// Which entry.
         place: String,
     },
-    /// A LLaVA record without a picture.
+    /// A LLaVA record that has a picture and does not name it.
     #[error(
-        "record {record} has no picture: 'image' must be one file name; text-only records cannot be used yet, remove it"
+        "record {record}: 'image' is not one file name; name its picture there, or take 'image' and the mark <image> out of a text-only record"
     )]
     NoImage {
         /// Its id or number.
@@ -97,73 +99,109 @@ pub enum DataError {
         cause: String,
     },
     /// No samples.
-    #[error("the data set is empty; it needs at least one picture with a question and an answer")]
+    #[error("the data set is empty; it needs at least one picture or question with an answer")]
     Empty,
 }
 
-/// A question about a picture, and its answer.
+/// What is asked about what, and the answer. One of picture and question may be absent, never both.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sample {
-    /// Index into [`Dataset::pictures`].
-    pub picture: usize,
-    /// The question.
+    /// Index into [`Dataset::pictures`]; none: a text-only sample.
+    pub picture: Option<usize>,
+    /// The question; empty: a picture-only sample.
     pub question: String,
-    /// Its answer.
+    /// The answer.
     pub answer: String,
 }
 
-/// Samples and the pictures that they share.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Dataset {
+/// Samples and the pictures that they share. `P` stands for a picture: its pixels, or where they are to be found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Dataset<P = Picture> {
     /// Each once.
-    pub pictures: Vec<Picture>,
+    pub pictures: Vec<P>,
     /// In the order of the source.
     pub samples: Vec<Sample>,
+}
+
+impl<P> Default for Dataset<P> {
+    fn default() -> Self {
+        Self { pictures: Vec::new(), samples: Vec::new() }
+    }
 }
 
 /// Load each distinct picture once and number the samples accordingly.
 ///
 /// # Errors
 /// [`DataError::Picture`] names the first picture that `load` refuses; [`DataError::Empty`] without entries.
-pub fn assemble(
+pub fn assemble<P>(
     entries: Vec<Entry>,
-    mut load: impl FnMut(&str) -> Result<Picture, String>,
-) -> Result<Dataset, DataError> {
+    mut load: impl FnMut(&str) -> Result<P, String>,
+) -> Result<Dataset<P>, DataError> {
     if entries.is_empty() {
         return Err(DataError::Empty);
     }
     let mut data = Dataset::default();
     let mut loaded: HashMap<String, usize> = HashMap::new();
     for Entry { picture: name, question, answer } in entries {
-        let known = loaded.get(&name).copied();
-        let picture = match known {
-            Some(index) => index,
-            None => {
+        let known = name.as_ref().and_then(|name| loaded.get(name)).copied();
+        let picture = match (name, known) {
+            (Some(name), None) => {
                 let picture = load(&name).map_err(|cause| DataError::Picture { name: name.clone(), cause })?;
                 data.pictures.push(picture);
                 let index = data.pictures.len() - 1;
                 loaded.insert(name, index);
-                index
+                Some(index)
             }
+            (_, known) => known,
         };
         data.samples.push(Sample { picture, question, answer });
     }
     Ok(data)
 }
 
-impl Dataset {
+impl<P> Dataset<P> {
+    /// Put another data set's samples behind these.
+    pub fn append(&mut self, other: Self) {
+        let offset = self.pictures.len();
+        self.pictures.extend(other.pictures);
+        let moved = other.samples.into_iter().map(|s| Sample { picture: s.picture.map(|p| p + offset), ..s });
+        self.samples.extend(moved);
+    }
+
+    /// Share of `test` answered right by the most frequent answer of `train`: what a model reaches that learned nothing else.
+    pub fn constant_baseline(train: &Self, test: &Self) -> f64 {
+        let guess = most_frequent(&answer_counts(&train.samples));
+        share_right(&test.samples, |_| guess)
+    }
+
+    /// Share of `test` answered right by the most frequent answer of `train` to the same question (none being one too), unknown
+    /// questions by the most frequent of all: what a model reaches that never looks at a picture.
+    pub fn question_only_baseline(train: &Self, test: &Self) -> f64 {
+        let fallback = most_frequent(&answer_counts(&train.samples));
+        let mut counts: BTreeMap<&str, BTreeMap<&str, usize>> = BTreeMap::new();
+        for s in &train.samples {
+            *counts.entry(s.question.as_str()).or_default().entry(s.answer.as_str()).or_default() += 1;
+        }
+        let guesses: HashMap<&str, Option<&str>> = counts.iter().map(|(q, c)| (*q, most_frequent(c))).collect();
+        share_right(&test.samples, |s| guesses.get(s.question.as_str()).copied().flatten().or(fallback))
+    }
+}
+
+impl<P: Clone> Dataset<P> {
     /// The samples of some rows, with only the pictures that they use.
     ///
     /// # Panics
     /// If a row is not one of [`Self::samples`].
-    pub fn subset(&self, rows: &[usize]) -> Dataset {
-        let mut kept = Dataset::default();
+    pub fn subset(&self, rows: &[usize]) -> Self {
+        let mut kept = Self::default();
         let mut moved: Vec<Option<usize>> = vec![None; self.pictures.len()];
         for &row in rows {
             let sample = &self.samples[row];
-            let picture = *moved[sample.picture].get_or_insert_with(|| {
-                kept.pictures.push(self.pictures[sample.picture].clone());
-                kept.pictures.len() - 1
+            let picture = sample.picture.map(|old| {
+                *moved[old].get_or_insert_with(|| {
+                    kept.pictures.push(self.pictures[old].clone());
+                    kept.pictures.len() - 1
+                })
             });
             let (question, answer) = (sample.question.clone(), sample.answer.clone());
             kept.samples.push(Sample { picture, question, answer });
@@ -172,35 +210,17 @@ impl Dataset {
     }
 
     /// `n` random samples (all if there are fewer), in random order.
-    pub fn limit<R: Rng>(&self, n: usize, rng: &mut R) -> Dataset {
+    pub fn limit<R: Rng>(&self, n: usize, rng: &mut R) -> Self {
         let mut rows: Vec<usize> = (0..self.samples.len()).collect();
         rows.shuffle(rng);
         rows.truncate(n);
         self.subset(&rows)
     }
-
-    /// Share of `test` answered right by the most frequent answer of `train`: what a model reaches that learned nothing else.
-    pub fn constant_baseline(train: &Dataset, test: &Dataset) -> f64 {
-        let guess = most_frequent(&answer_counts(train));
-        share_right(test, |_| guess)
-    }
-
-    /// Share of `test` answered right by the most frequent answer of `train` to the same question, unknown questions by the
-    /// most frequent of all: what a model reaches that never looks at a picture.
-    pub fn question_only_baseline(train: &Dataset, test: &Dataset) -> f64 {
-        let fallback = most_frequent(&answer_counts(train));
-        let mut counts: BTreeMap<&str, BTreeMap<&str, usize>> = BTreeMap::new();
-        for s in &train.samples {
-            *counts.entry(s.question.as_str()).or_default().entry(s.answer.as_str()).or_default() += 1;
-        }
-        let guesses: HashMap<&str, Option<&str>> = counts.iter().map(|(q, c)| (*q, most_frequent(c))).collect();
-        share_right(test, |s| guesses.get(s.question.as_str()).copied().flatten().or(fallback))
-    }
 }
 
-fn answer_counts(data: &Dataset) -> BTreeMap<&str, usize> {
+fn answer_counts(samples: &[Sample]) -> BTreeMap<&str, usize> {
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
-    for s in &data.samples {
+    for s in samples {
         *counts.entry(s.answer.as_str()).or_default() += 1;
     }
     counts
@@ -217,9 +237,9 @@ fn most_frequent<'a>(counts: &BTreeMap<&'a str, usize>) -> Option<&'a str> {
     best.map(|(answer, _)| answer)
 }
 
-fn share_right<'a>(test: &Dataset, guess: impl Fn(&Sample) -> Option<&'a str>) -> f64 {
-    let right = test.samples.iter().filter(|s| guess(s).is_some_and(|g| g == s.answer)).count();
-    right as f64 / test.samples.len().max(1) as f64
+fn share_right<'a>(test: &[Sample], guess: impl Fn(&Sample) -> Option<&'a str>) -> f64 {
+    let right = test.iter().filter(|s| guess(s).is_some_and(|g| g == s.answer)).count();
+    right as f64 / test.len().max(1) as f64
 }
 
 #[cfg(test)]
@@ -229,7 +249,8 @@ mod tests {
     use rand_chacha::ChaCha8Rng;
 
     fn entry(picture: &str, question: &str, answer: &str) -> Entry {
-        Entry { picture: picture.into(), question: question.into(), answer: answer.into() }
+        let picture = (!picture.is_empty()).then(|| picture.to_owned());
+        Entry { picture, question: question.into(), answer: answer.into() }
     }
 
     fn picture(value: u8) -> Picture {
@@ -242,7 +263,7 @@ mod tests {
             pictures: (0..pictures).map(|p| picture(p as u8)).collect(),
             samples: samples
                 .iter()
-                .map(|(p, q, a)| Sample { picture: *p, question: (*q).into(), answer: (*a).into() })
+                .map(|(p, q, a)| Sample { picture: Some(*p), question: (*q).into(), answer: (*a).into() })
                 .collect(),
         }
     }
@@ -262,10 +283,40 @@ mod tests {
         let data = data.unwrap();
         assert_eq!(loaded, ["b", "a"]);
         assert_eq!(data.pictures, [picture(b'b'), picture(b'a')]);
-        assert_eq!(data.samples.iter().map(|s| s.picture).collect::<Vec<_>>(), [0, 1, 0]);
-        let text = fault(assemble(entries, |_| Err("it is torn".into())));
+        assert_eq!(data.samples.iter().map(|s| s.picture).collect::<Vec<_>>(), [0, 1, 0].map(Some));
+        let text = fault(assemble(entries, |_| Err::<Picture, _>("it is torn".into())));
         assert!(text.contains("'b' is not a picture that can be read: it is torn"), "{text}");
         assert_eq!(assemble(Vec::new(), |_| Ok(picture(0))), Err(DataError::Empty));
+    }
+
+    /// One ordinary sample, one of text alone, one of a picture alone.
+    fn mixed() -> Dataset {
+        let entries = vec![entry("a", "q", "x"), entry("", "q", "y"), entry("b", "", "z")];
+        assemble(entries, |name| Ok(picture(name.as_bytes()[0]))).unwrap()
+    }
+
+    #[test]
+    fn pictures_and_questions_may_be_absent() {
+        let data = mixed();
+        assert_eq!(data.samples.iter().map(|s| s.picture).collect::<Vec<_>>(), [Some(0), None, Some(1)]);
+        assert_eq!(data.samples[2].question, "");
+        let part = data.subset(&[2, 1]);
+        assert_eq!(part.pictures, [picture(b'b')]);
+        assert_eq!(part.samples.iter().map(|s| s.picture).collect::<Vec<_>>(), [Some(0), None]);
+        assert!(data.subset(&[1]).pictures.is_empty());
+        let texts = assemble(vec![entry("", "q", "y")], |name| Err::<Picture, _>(name.to_owned())).unwrap();
+        assert!(texts.pictures.is_empty(), "nothing is loaded for text alone");
+        // The absent question is one question among others.
+        assert_eq!(Dataset::question_only_baseline(&data, &data), 2.0 / 3.0);
+    }
+
+    #[test]
+    fn appended_samples_keep_their_pictures() {
+        let mut data = mixed();
+        data.append(mixed());
+        assert_eq!(data.pictures, [b'a', b'b', b'a', b'b'].map(picture));
+        let pictures: Vec<_> = data.samples.iter().map(|s| s.picture).collect();
+        assert_eq!(pictures, [Some(0), None, Some(1), Some(2), None, Some(3)]);
     }
 
     #[test]
@@ -274,7 +325,7 @@ mod tests {
         let part = data.subset(&[3, 0, 2]);
         assert_eq!(part.pictures, [picture(2), picture(0)]);
         let rows: Vec<_> = part.samples.iter().map(|s| (s.picture, s.question.as_str())).collect();
-        assert_eq!(rows, [(0, "d"), (1, "a"), (0, "c")]);
+        assert_eq!(rows, [(Some(0), "d"), (Some(1), "a"), (Some(0), "c")]);
         assert_eq!(data.subset(&[]), Dataset::default());
     }
 

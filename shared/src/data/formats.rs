@@ -1,4 +1,5 @@
-//! Question files as they are found: LLaVA conversation JSON, CSV, easy-VQA, plain JSON objects.
+//! Question files as they are found: LLaVA conversation JSON, CSV, easy-VQA, plain JSON objects. In all but easy-VQA's a picture or a
+//! question may be absent; the answer may not.
 
 use csv::{ErrorKind, Position, ReaderBuilder, Trim};
 use serde_json::Value;
@@ -6,20 +7,30 @@ use serde_json::Value;
 use super::dataset::DataError;
 
 /// The layouts of [`parse`], for error texts.
-pub(super) const ACCEPTED: &str = r#"CSV (.csv) with the columns picture, question, answer; JSON (.json) as [{"picture": "1.png", "question": "...", "answer": "..."}, ...]; LLaVA's JSON [{"id": "1", "image": "1.png", "conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}, ...]; easy-VQA's JSON [["question", "answer", picture id], ...]"#;
+pub(super) const ACCEPTED: &str = r#"CSV (.csv) with the columns picture, question, answer; JSON (.json) as [{"picture": "1.png", "question": "...", "answer": "..."}, ...], picture or question left out where there is none; LLaVA's JSON [{"id": "1", "image": "1.png", "conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}, ...]; easy-VQA's JSON [["question", "answer", picture id], ...]"#;
 
 /// What the picture of a sample may be called, the preferred name first.
 const PICTURE_KEYS: [&str; 3] = ["picture", "image", "file"];
 
-/// A sample as written, its picture not yet loaded.
+/// A sample as written, its picture not yet loaded. One of picture and question may be absent, never both.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
     /// File name of the picture, as written.
-    pub picture: String,
-    /// The question.
+    pub picture: Option<String>,
+    /// The question; empty if there is none.
     pub question: String,
-    /// Its answer.
+    /// The answer.
     pub answer: String,
+}
+
+impl Entry {
+    /// What a file says, absent parts as `None`; the error is what it lacks.
+    fn new(picture: Option<String>, question: Option<String>, answer: Option<String>) -> Result<Self, &'static str> {
+        if picture.is_none() && question.is_none() {
+            return Err("picture and no question");
+        }
+        Ok(Self { picture, question: question.unwrap_or_default(), answer: answer.ok_or("answer")? })
+    }
 }
 
 /// Read a question file in any accepted layout, chosen by extension and first element.
@@ -61,7 +72,8 @@ pub fn parse_easy_vqa(json: &str) -> Result<Vec<Entry>, DataError> {
     easy_vqa(&json_list("the easy-VQA JSON", json)?)
 }
 
-/// Read CSV; the first row names the columns picture (or image, file), question and answer, in any order and case.
+/// Read CSV; the first row names the columns picture (or image, file), question and answer, in any order and case. Picture or
+/// question may be empty in a row, or have no column at all.
 ///
 /// # Errors
 /// [`DataError`] names the line.
@@ -72,29 +84,28 @@ pub fn parse_csv(csv: &str) -> Result<Vec<Entry>, DataError> {
     }
     let mut reader = ReaderBuilder::new().trim(Trim::All).from_reader(text.as_bytes());
     let header = reader.headers().map_err(|e| csv_error(text, &e))?.clone();
-    let column = |names: &[&'static str]| {
-        let at = names.iter().find_map(|name| header.iter().position(|h| h.eq_ignore_ascii_case(name)));
-        at.ok_or_else(|| {
-            let found = header.iter().collect::<Vec<_>>().join(", ");
-            DataError::Column { missing: names[0], found }
-        })
+    let column = |names: &[&str]| names.iter().find_map(|n| header.iter().position(|h| h.eq_ignore_ascii_case(n)));
+    let absent = |missing: &'static str| {
+        let found = header.iter().collect::<Vec<_>>().join(", ");
+        DataError::Column { missing, found }
     };
-    let (picture, question, answer) = (column(&PICTURE_KEYS)?, column(&["question"])?, column(&["answer"])?);
+    let (picture, question) = (column(&PICTURE_KEYS), column(&["question"]));
+    if picture.is_none() && question.is_none() {
+        return Err(absent(PICTURE_KEYS[0]));
+    }
+    let answer = column(&["answer"]).ok_or_else(|| absent("answer"))?;
     let mut entries = Vec::new();
     for record in reader.records() {
         let record = record.map_err(|e| csv_error(text, &e))?;
-        let field = |column: usize, what: &'static str| match record.get(column) {
-            Some(value) if !value.is_empty() => Ok(value.to_owned()),
-            _ => {
-                let place = format!("line {}", line_of(text, record.position()));
-                Err(DataError::Missing { place, what })
-            }
+        let field = |column: Option<usize>| {
+            let value = column.and_then(|column| record.get(column)).unwrap_or_default();
+            (!value.is_empty()).then(|| value.to_owned())
         };
-        entries.push(Entry {
-            picture: field(picture, "picture")?,
-            question: field(question, "question")?,
-            answer: field(answer, "answer")?,
-        });
+        let entry = Entry::new(field(picture), field(question), field(Some(answer)));
+        entries.push(entry.map_err(|what| {
+            let place = format!("line {}", line_of(text, record.position()));
+            DataError::Missing { place, what }
+        })?);
     }
     Ok(entries)
 }
@@ -135,7 +146,7 @@ fn easy_vqa(rows: &[Value]) -> Result<Vec<Entry>, DataError> {
         };
         let id = required(text_of(id), &place, "picture id")?;
         entries.push(Entry {
-            picture: format!("{id}.png"),
+            picture: Some(format!("{id}.png")),
             question: required(text_of(question), &place, "question")?,
             answer: required(text_of(answer), &place, "answer")?,
         });
@@ -146,13 +157,9 @@ fn easy_vqa(rows: &[Value]) -> Result<Vec<Entry>, DataError> {
 fn objects(rows: &[Value]) -> Result<Vec<Entry>, DataError> {
     let mut entries = Vec::with_capacity(rows.len());
     for (i, row) in rows.iter().enumerate() {
-        let place = format!("entry {}", i + 1);
         let picture = PICTURE_KEYS.iter().find_map(|key| text_of(&row[*key]));
-        entries.push(Entry {
-            picture: required(picture, &place, "picture")?,
-            question: required(text_of(&row["question"]), &place, "question")?,
-            answer: required(text_of(&row["answer"]), &place, "answer")?,
-        });
+        let entry = Entry::new(picture, text_of(&row["question"]), text_of(&row["answer"]));
+        entries.push(entry.map_err(|what| DataError::Missing { place: format!("entry {}", i + 1), what })?);
     }
     Ok(entries)
 }
@@ -164,10 +171,12 @@ fn llava(records: &[Value]) -> Result<Vec<Entry>, DataError> {
             Some(id) => format!("'{id}'"),
             None => format!("number {}", i + 1),
         };
-        let picture = value["image"].as_str().map(str::trim).unwrap_or_default();
-        if picture.is_empty() {
-            return Err(DataError::NoImage { record });
-        }
+        // LLaVA's text-only records have no 'image' at all (its scripts/convert_sqa_to_llava.py writes such).
+        let picture = match &value["image"] {
+            Value::Null => None,
+            Value::String(name) if !name.trim().is_empty() => Some(name.trim().to_owned()),
+            _ => return Err(DataError::NoImage { record }),
+        };
         let turns = value["conversations"].as_array().map(Vec::as_slice).unwrap_or_default();
         if turns.is_empty() {
             return Err(DataError::Missing { place: format!("record {record}"), what: "conversations" });
@@ -179,13 +188,16 @@ fn llava(records: &[Value]) -> Result<Vec<Entry>, DataError> {
             match (from, asked.take()) {
                 ("human", None) => {
                     let question = without_image_mark(said);
-                    if question.is_empty() {
+                    if picture.is_none() && said.contains(IMAGE_MARK) {
+                        return Err(DataError::NoImage { record });
+                    }
+                    if picture.is_none() && question.is_empty() {
                         return Err(DataError::Missing { place: format!("record {record}"), what: "question" });
                     }
                     asked = Some(question);
                 }
                 ("gpt", Some(question)) if !said.trim().is_empty() => {
-                    entries.push(Entry { picture: picture.to_owned(), question, answer: said.trim().to_owned() });
+                    entries.push(Entry { picture: picture.clone(), question, answer: said.trim().to_owned() });
                 }
                 ("human" | "gpt", Some(question)) => return Err(DataError::Unanswered { record, question }),
                 _ => {
@@ -200,9 +212,12 @@ fn llava(records: &[Value]) -> Result<Vec<Entry>, DataError> {
     Ok(entries)
 }
 
+/// Where LLaVA's conversations place the picture.
+const IMAGE_MARK: &str = "<image>";
+
 /// The prompt places the picture, so its mark and the newlines around it leave the question.
 fn without_image_mark(question: &str) -> String {
-    let parts = question.split("<image>").map(str::trim).filter(|part| !part.is_empty());
+    let parts = question.split(IMAGE_MARK).map(str::trim).filter(|part| !part.is_empty());
     parts.collect::<Vec<_>>().join(" ")
 }
 
@@ -232,7 +247,8 @@ mod tests {
     use super::*;
 
     fn entry(picture: &str, question: &str, answer: &str) -> Entry {
-        Entry { picture: picture.into(), question: question.into(), answer: answer.into() }
+        let picture = (!picture.is_empty()).then(|| picture.to_owned());
+        Entry { picture, question: question.into(), answer: answer.into() }
     }
 
     fn fault<T: std::fmt::Debug>(result: Result<T, DataError>) -> String {
@@ -250,10 +266,28 @@ mod tests {
     }
 
     #[test]
+    fn llava_records_may_be_text_or_picture_alone() {
+        let json = r#"[{"id": "a", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]},
+            {"id": "b", "image": null, "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]},
+            {"id": "c", "image": "1.png", "conversations":
+                [{"from": "human", "value": "<image>\n"}, {"from": "gpt", "value": "Red"}]}]"#;
+        assert_eq!(
+            parse_llava(json).unwrap(),
+            [entry("", "Hi", "Ho"), entry("", "Hi", "Ho"), entry("1.png", "", "Red")]
+        );
+    }
+
+    #[test]
     fn llava_faults_name_the_record() {
         let one = |body: &str| fault(parse_llava(&format!("[{{\"id\": 7, {body}}}]")));
-        let text_only = one(r#""conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]"#);
-        assert!(text_only.contains("'7'") && text_only.contains("image"), "{text_only}");
+        let said = |value: &str| {
+            format!(r#""conversations": [{{"from": "human", "value": "{value}"}}, {{"from": "gpt", "value": "Ho"}}]"#)
+        };
+        for lost in [said("<image>\\nHi"), said("<image>"), format!(r#""image": ["1.png"], {}"#, said("Hi"))] {
+            let text = one(&lost);
+            assert!(text.contains("'7'") && text.contains("'image'") && text.contains("text-only"), "{text}");
+        }
+        assert!(one(&said(" ")).contains("no question"));
         for turns in [
             r#"{"from": "human", "value": "<image>\nWhy?"}"#,
             r#"{"from": "human", "value": "Why?"}, {"from": "human", "value": "How?"}"#,
@@ -265,7 +299,7 @@ mod tests {
         let turn = one(r#""image": "1.png", "conversations": [{"from": "gpt", "value": "Red"}]"#);
         assert!(turn.contains("turn 1 is from 'gpt'"), "{turn}");
         let empty = one(r#""image": "1.png", "conversations": [{"from": "human", "value": "<image>\n"}]"#);
-        assert!(empty.contains("no question"), "{empty}");
+        assert!(empty.contains("has no answer"), "{empty}");
         assert!(one(r#""image": "1.png", "conversations": []"#).contains("no conversations"));
     }
 
@@ -277,15 +311,24 @@ mod tests {
     }
 
     #[test]
+    fn csv_rows_may_lack_picture_or_question() {
+        let csv = "picture,question,answer\n1.png,Why?,so\n,Why?,so\n2.png,,so\n";
+        let expected = vec![entry("1.png", "Why?", "so"), entry("", "Why?", "so"), entry("2.png", "", "so")];
+        assert_eq!(parse_csv(csv).unwrap(), expected);
+        assert_eq!(parse_csv("question,answer\nWhy?,so\n").unwrap(), [entry("", "Why?", "so")]);
+        assert_eq!(parse_csv("file,answer\n1.png,so\n").unwrap(), [entry("1.png", "", "so")]);
+        let text = fault(parse_csv("picture,question,answer\n1.png,Why?,so\n,,so\n"));
+        assert!(text.contains("line 3 has no picture and no question"), "{text}");
+    }
+
+    #[test]
     fn csv_faults_name_the_line() {
         for newline in ["\n", "\r\n"] {
             let csv = |rows: &str| rows.replace('\n', newline);
             let text = fault(parse_csv(&csv("file,question,answer\n1.png,q,a\n\n2.png,Why?, \n")));
             assert!(text.contains("line 4 has no answer"), "{text}");
-            let text = fault(parse_csv(&csv("file,question,answer\n,q,a\n")));
-            assert!(text.contains("line 2 has no picture"), "{text}");
-            let text = fault(parse_csv(&csv("file,question,answer\n1.png,\"a\nb\",c\n1.png,,a\n")));
-            assert!(text.contains("line 4 has no question"), "{text}");
+            let text = fault(parse_csv(&csv("file,question,answer\n1.png,\"a\nb\",c\n,,a\n")));
+            assert!(text.contains("line 4 has no picture and no question"), "{text}");
             let text = fault(parse_csv(&csv("file,question,answer\n1.png,q,a\n1.png,q,a,b\n")));
             assert!(text.contains("line 3 has 4 columns") && text.contains("quotes"), "{text}");
         }
@@ -306,7 +349,11 @@ mod tests {
         assert_eq!(parse("questions.json", objects).unwrap(), expected);
         assert!(fault(parse_easy_vqa(r#"[["q", "a", 0], ["q", "a"]]"#)).contains("entry 2"));
         assert!(fault(parse_easy_vqa(r#"[["q", "", 0]]"#)).contains("entry 1 has no answer"));
-        assert!(fault(parse("a.json", r#"[{"question": "q", "answer": "a"}]"#)).contains("entry 1 has no picture"));
+        let objects = r#"[{"question": "q", "answer": "a"}, {"file": "0.png", "answer": 3}]"#;
+        assert_eq!(parse("a.json", objects).unwrap(), [entry("", "q", "a"), entry("0.png", "", "3")]);
+        let neither = fault(parse("a.json", r#"[{"question": " ", "answer": "a"}]"#));
+        assert!(neither.contains("entry 1 has no picture and no question"), "{neither}");
+        assert!(fault(parse("a.json", r#"[{"question": "q", "picture": "0.png"}]"#)).contains("entry 1 has no answer"));
     }
 
     #[test]

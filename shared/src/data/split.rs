@@ -125,7 +125,7 @@ mod tests {
     use rand_chacha::ChaCha8Rng;
 
     fn samples(n: usize, answers: usize) -> Vec<Sample> {
-        (0..n).map(|i| Sample { picture: i, question: "q".into(), answer: format!("a{}", i % answers) }).collect()
+        (0..n).map(|i| Sample { picture: Some(i), question: "q".into(), answer: format!("a{}", i % answers) }).collect()
     }
 
     fn split(samples: &[Sample], clients: usize, alpha: f64, seed: u64) -> Vec<Vec<usize>> {
@@ -156,6 +156,19 @@ mod tests {
             assert_eq!(rows, (0..n).collect::<Vec<_>>(), "alpha {alpha}");
         }
         assert_eq!(split(&[], 3, 1.0, 0), vec![Vec::<usize>::new(); 3]);
+    }
+
+    #[test]
+    fn samples_without_picture_or_question_are_dealt_by_their_answers_too() {
+        let mut mixed = samples(60, 3);
+        for (i, sample) in mixed.iter_mut().enumerate() {
+            match i % 3 {
+                0 => sample.picture = None,
+                1 => sample.question.clear(),
+                _ => {}
+            }
+        }
+        assert_eq!(split(&mixed, 4, 0.5, 1), split(&samples(60, 3), 4, 0.5, 1));
     }
 
     #[test]

@@ -1,10 +1,18 @@
 //! Questions and answers to token ids, with the picture's place held by image tokens.
+//!
+//! A missing part leaves the prompt with the white space between it and the other part, as in LLaVA's own training code
+//! (haotian-liu/LLaVA, llava/train/train.py: `preprocess_multimodal` strips `<image>\n` where no text follows, and records without a
+//! picture get no `<image>`): of `USER: <image>\n{question} ASSISTANT:` remains `USER: <image> ASSISTANT:` for a picture alone,
+//! `USER: {question} ASSISTANT:` for a question alone.
 
 use crate::config::ModelConfig;
 use tokenizers::Tokenizer;
 
 /// The prompt of LLaVA-1.5; `{question}` is replaced, `<image>` becomes the image tokens.
 pub const LLAVA_PROMPT: &str = "USER: <image>\n{question} ASSISTANT:";
+
+const IMAGE: &str = "<image>";
+const QUESTION: &str = "{question}";
 
 /// Why text cannot be encoded.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -17,19 +25,17 @@ pub enum TextError {
         /// What is wrong.
         cause: String,
     },
-    /// No question.
-    #[error("a sample has no question; every sample needs a picture, a question and an answer")]
-    NoQuestion,
+    /// Nothing to answer.
+    #[error("there is neither a picture nor a question; at least one of them is needed")]
+    NoPrompt,
     /// No answer.
-    #[error("the question '{0}' has no answer; every training sample needs one")]
+    #[error("{0} has no answer; every training sample needs one")]
     NoAnswer(String),
     /// Longer than the model's positions.
-    #[error(
-        "the question '{question}' takes {tokens} tokens with its picture, the model has {limit} positions; shorten it"
-    )]
+    #[error("{asked} takes {tokens} tokens in all, the model has {limit} positions; shorten it")]
     TooLong {
-        /// Its text.
-        question: String,
+        /// What was asked.
+        asked: String,
         /// Length found.
         tokens: usize,
         /// Length allowed.
@@ -50,8 +56,8 @@ pub enum TextError {
 pub struct Encoded {
     /// `<s>` prompt (image tokens in place) answer `</s>`; without answer the prompt alone.
     pub ids: Vec<u32>,
-    /// Index of the first image token.
-    pub image_start: usize,
+    /// Index of the first image token; none: there is no picture.
+    pub image_start: Option<usize>,
     /// Ids that belong to the prompt.
     pub prompt_length: usize,
 }
@@ -109,7 +115,7 @@ impl TextCodec {
             )));
         }
         let prompt = processor["fednano_prompt"].as_str().unwrap_or(LLAVA_PROMPT).to_owned();
-        if prompt.matches("<image>").count() != 1 || prompt.matches("{question}").count() != 1 {
+        if prompt.matches(IMAGE).count() != 1 || prompt.matches(QUESTION).count() != 1 {
             return Err(fault("processor_config.json")("fednano_prompt needs <image> and {question} once each".into()));
         }
         Ok(Self {
@@ -133,23 +139,45 @@ impl TextCodec {
         self.stops.contains(&id)
     }
 
-    /// Encode a question, and an answer to learn from if there is one.
+    /// Encode a question about a picture (empty: the picture alone), and an answer to learn from if there is one.
+    ///
+    /// # Errors
+    /// [`TextError`] for an empty answer or overlong text.
+    pub fn encode(&self, question: &str, answer: Option<&str>) -> Result<Encoded, TextError> {
+        let question = cleaned(question);
+        let prompt = if question.is_empty() {
+            without(&self.prompt, QUESTION, IMAGE)
+        } else {
+            self.prompt.replace(QUESTION, &question)
+        };
+        self.encode_prompt(&prompt, &question, answer)
+    }
+
+    /// Encode a question without a picture, and an answer to learn from if there is one.
     ///
     /// # Errors
     /// [`TextError`] for empty or overlong text.
-    pub fn encode(&self, question: &str, answer: Option<&str>) -> Result<Encoded, TextError> {
-        let question = question.trim();
+    pub fn encode_text(&self, question: &str, answer: Option<&str>) -> Result<Encoded, TextError> {
+        let question = cleaned(question);
         if question.is_empty() {
-            return Err(TextError::NoQuestion);
+            return Err(TextError::NoPrompt);
         }
-        // A picture's place cannot be written by the question itself.
-        let question = question.replace("<image>", " ");
-        let prompt = self.ids(&self.prompt.replace("{question}", &question), true)?;
+        let prompt = without(&self.prompt, IMAGE, QUESTION).replace(QUESTION, &question);
+        self.encode_prompt(&prompt, &question, answer)
+    }
+
+    /// `question` is for errors only.
+    fn encode_prompt(&self, prompt: &str, question: &str, answer: Option<&str>) -> Result<Encoded, TextError> {
+        let asked = || match question {
+            "" => "a picture without question".to_owned(),
+            _ => format!("the question '{question}'"),
+        };
+        let prompt = self.ids(prompt, true)?;
         let mut ids = Vec::with_capacity(prompt.len() + self.image_tokens);
-        let mut image_start = 0;
+        let mut image_start = None;
         for id in prompt {
             if id == self.image_token {
-                image_start = ids.len();
+                image_start = Some(ids.len());
                 ids.extend(std::iter::repeat_n(id, self.image_tokens));
             } else {
                 ids.push(id);
@@ -157,15 +185,15 @@ impl TextCodec {
         }
         let prompt_length = ids.len();
         if let Some(answer) = answer {
-            let answer = answer.trim();
+            let answer = cleaned(answer);
             if answer.is_empty() {
-                return Err(TextError::NoAnswer(question));
+                return Err(TextError::NoAnswer(asked()));
             }
-            ids.extend(self.ids(&answer.replace("<image>", " "), false)?);
+            ids.extend(self.ids(&answer, false)?);
             ids.push(self.eos);
         }
         if ids.len() > self.max_positions {
-            return Err(TextError::TooLong { question, tokens: ids.len(), limit: self.max_positions });
+            return Err(TextError::TooLong { asked: asked(), tokens: ids.len(), limit: self.max_positions });
         }
         Ok(Encoded { ids, image_start, prompt_length })
     }
@@ -186,5 +214,41 @@ impl TextCodec {
         // Ids beyond the tokenizer (a table may have spare rows) decode to nothing.
         let known: Vec<u32> = ids.iter().copied().filter(|id| self.tokenizer.id_to_token(*id).is_some()).collect();
         self.tokenizer.decode(&known, true).unwrap_or_default().trim().to_owned()
+    }
+}
+
+/// Trimmed, and without the picture's mark: its place cannot be written by a text itself.
+fn cleaned(text: &str) -> String {
+    text.replace(IMAGE, " ").trim().to_owned()
+}
+
+/// A prompt without one of its two parts, and without the white space between that and the other part.
+fn without(prompt: &str, missing: &str, other: &str) -> String {
+    match prompt.split_once(missing) {
+        Some((before, after)) if after.contains(other) => format!("{before}{}", after.trim_start()),
+        Some((before, after)) => format!("{}{after}", before.trim_end()),
+        None => prompt.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_part_takes_the_white_space_to_the_other_with_it() {
+        let parts = |prompt: &str| (without(prompt, QUESTION, IMAGE), without(prompt, IMAGE, QUESTION));
+        for (prompt, picture, text) in [
+            (LLAVA_PROMPT, "USER: <image> ASSISTANT:", "USER: {question} ASSISTANT:"),
+            ("<image>{question}", "<image>", "{question}"),
+            ("{question}\n<image> ", "<image> ", "{question} "),
+            (
+                "See <image>\nQuestion: {question} Answer:",
+                "See <image>\nQuestion: Answer:",
+                "See Question: {question} Answer:",
+            ),
+        ] {
+            assert_eq!(parts(prompt), (picture.to_owned(), text.to_owned()), "{prompt}");
+        }
     }
 }

@@ -1,0 +1,191 @@
+//! Who takes part: joining, coming back, and what participants are told and shown.
+
+use super::{Coordinator, Joined, OUTBOX};
+use crate::store::SavedParticipant;
+use fednano_shared::wire::{
+    Fault, FaultCode, Hello, LocalEvaluation, ParticipantId, ParticipantStatus, ServerMessage, SessionToken, Status,
+    Traffic,
+};
+use tokio::sync::mpsc;
+
+/// One that has joined at some time.
+pub(super) struct Participant {
+    /// As it is on disk.
+    pub(super) saved: SavedParticipant,
+    pub(super) progress: (u32, u32),
+    pub(super) loss: Option<f32>,
+    pub(super) local: Option<LocalEvaluation>,
+    pub(super) traffic: Traffic,
+    pub(super) outbox: Option<mpsc::Sender<ServerMessage>>,
+    pub(super) connection: u64,
+}
+
+impl Participant {
+    /// One that is not here, or not yet.
+    pub(super) fn away(saved: SavedParticipant) -> Self {
+        Self {
+            saved,
+            progress: (0, 0),
+            loss: None,
+            local: None,
+            traffic: Traffic::default(),
+            outbox: None,
+            connection: 0,
+        }
+    }
+}
+
+/// Why somebody is not let in.
+pub(super) enum Refused {
+    /// For a cause of its own.
+    Fault(Fault),
+    /// It could not be written down.
+    Disk(anyhow::Error),
+}
+
+impl Coordinator {
+    /// Let somebody in, for the first time or again.
+    ///
+    /// # Errors
+    /// [`Refused`]; nothing has changed then.
+    pub(super) fn join(&mut self, hello: Hello) -> Result<Joined, Refused> {
+        let known = hello
+            .resume
+            .as_ref()
+            .and_then(|t| self.participants.iter().find(|(_, p)| p.saved.token == *t))
+            .map(|(id, _)| *id);
+        let id = known.unwrap_or_else(|| ParticipantId(self.participants.keys().last().map_or(1, |id| id.0 + 1)));
+        let token = match known.and_then(|id| self.participants.get(&id)) {
+            Some(p) => p.saved.token.clone(),
+            None => new_token().map_err(|cause| {
+                Refused::Fault(Fault {
+                    code: FaultCode::Server,
+                    cause,
+                    remedy: "ask the operator to look at the server".into(),
+                })
+            })?,
+        };
+        let saved = SavedParticipant {
+            id,
+            token: token.clone(),
+            name: hello.name,
+            kind: hello.kind,
+            device: hello.device,
+            samples: hello.samples,
+            left: false,
+        };
+        // Before the welcome, so that it is known again after a restart of the server.
+        if self.participants.get(&id).is_none_or(|p| p.saved != saved) {
+            self.store.participant(&saved).map_err(Refused::Disk)?;
+        }
+        let (sender, outbox) = mpsc::channel(OUTBOX);
+        let p = self.participants.entry(id).or_insert_with(|| Participant::away(saved.clone()));
+        if let Some(old) = p.outbox.replace(sender) {
+            // Told nothing, the older tab would come back and throw the newer one out, without end. Where it does not
+            // listen any more, nothing needs to be said.
+            drop(old.try_send(ServerMessage::Refused(taken_over())));
+        }
+        p.saved = saved;
+        (p.progress, p.loss) = ((0, 0), None);
+        // The same download is announced again by a program that comes back.
+        p.traffic.edge_down = p.traffic.edge_down.max(hello.edge_bytes);
+        p.connection += 1;
+        let connection = p.connection;
+        tracing::info!(federation = self.name, participant = id.0, again = known.is_some(), "joined");
+        let (settings, status) = (self.settings.clone(), self.status());
+        Ok(Joined { id, token, settings, status, outbox, connection })
+    }
+
+    pub(super) fn tell(&mut self, id: ParticipantId, message: ServerMessage) {
+        let Some(p) = self.participants.get_mut(&id) else {
+            return;
+        };
+        let status = matches!(message, ServerMessage::Status(_));
+        if let Some(outbox) = &p.outbox
+            && outbox.try_send(message).is_err()
+            && !status
+        {
+            p.outbox = None; // too slow, or gone: its session ends and it may come back
+        }
+    }
+
+    pub(super) fn status(&self) -> Status {
+        let participants = self.participants.iter().map(|(id, p)| ParticipantStatus {
+            id: *id,
+            name: p.saved.name.clone(),
+            kind: p.saved.kind,
+            device: p.saved.device.clone(),
+            samples: p.saved.samples,
+            connected: self.machine.connected(*id),
+            progress: p.progress,
+            loss: p.loss,
+            updated: self.machine.updated(*id),
+            selected: self.machine.selected(*id),
+            local: p.local,
+            traffic: p.traffic,
+        });
+        Status {
+            federation: self.name.clone(),
+            phase: self.machine.phase(),
+            round: self.machine.round(),
+            rounds: self.settings.rounds,
+            participants: participants.collect(),
+            history: self.history.clone(),
+            min_participants: self.settings.min_participants,
+        }
+    }
+
+    pub(super) fn show(&mut self) {
+        self.changed = false;
+        let status = self.status();
+        for id in self.participants.keys().copied().collect::<Vec<_>>() {
+            self.tell(id, ServerMessage::Status(status.clone()));
+        }
+        self.shown.send_replace(status);
+    }
+}
+
+/// Bytes on top of others.
+pub(super) fn add(sum: &mut Traffic, t: &Traffic) {
+    sum.activations_up += t.activations_up;
+    sum.updates_up += t.updates_up;
+    sum.control_up += t.control_up;
+    sum.gradients_down += t.gradients_down;
+    sum.adapters_down += t.adapters_down;
+    sum.control_down += t.control_down;
+    sum.edge_down += t.edge_down;
+}
+
+/// 128 random bits from the system.
+fn new_token() -> Result<SessionToken, String> {
+    let mut bytes = [0u8; 16];
+    getrandom::fill(&mut bytes).map_err(|e| format!("the system gives no random numbers: {e}"))?;
+    Ok(SessionToken(bytes.iter().map(|b| format!("{b:02x}")).collect()))
+}
+
+fn taken_over() -> Fault {
+    Fault {
+        code: FaultCode::OutOfOrder,
+        cause: "another tab or program goes on with this participation".into(),
+        remedy: "use that one, or open the invite link in a new tab".into(),
+    }
+}
+
+/// What participants of a federation are told that has nothing to judge its rounds by.
+pub(super) fn not_judged(cause: &str) -> Fault {
+    Fault {
+        code: FaultCode::Server,
+        cause: format!("the untouched model cannot be judged: {cause}"),
+        remedy: "the operator should look at the server's device and its held-out set, then restart it".into(),
+    }
+}
+
+/// What they are told when the disk fails; a [`SavedParticipant`] or an update that is not on disk was not acknowledged.
+pub(super) fn unwritable(cause: &anyhow::Error) -> Fault {
+    Fault {
+        code: FaultCode::Server,
+        cause: format!("{cause:#}"),
+        remedy: "the operator should mend that and start the server again; nothing that was acknowledged is lost"
+            .into(),
+    }
+}

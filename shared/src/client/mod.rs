@@ -1,0 +1,406 @@
+//! A participant's loop: connect, take part in rounds, come back after a loss. The same in tab, native client and simulator;
+//! what differs is behind [`Connector`], [`Clock`], [`Keeper`] and [`Observer`].
+//!
+//! | module | what |
+//! | --- | --- |
+//! | `round` | one local round, from its beginning to its update |
+//! | `personal` | own adapters at the federation's end |
+//! | `keep` | what a participant keeps outside its memory |
+//! | `link` | messages over a transport, the boundary over the wire |
+//!
+//! What was trained in a round survives a lost connection: [`participate`] keeps it and goes on where it was when the server
+//! sends the same round again. What a [`Keeper`] has survives the program too.
+
+pub mod keep;
+mod link;
+pub mod personal;
+mod round;
+
+pub use keep::{Forgetful, Keeper};
+pub(crate) use link::{Interruption, LEFT, Link, Remote, name};
+
+use crate::edge::{FeatureCache, NanoEdge};
+use crate::model::adapter::DeviceError;
+use crate::plain::AdapterState;
+use crate::settings::{FederationSettings, Strategy};
+use crate::wire::{ClientMessage, Fault, Hello, LocalEvaluation, ParticipantId, ServerMessage, SessionToken, Status};
+use burn::tensor::Device;
+use keep::{Desk, RoundSnapshot};
+use link::protocol;
+use round::LocalRound;
+use std::time::Duration;
+
+/// Whole frames in order; a WebSocket or a channel.
+#[allow(async_fn_in_trait)] // no Send: a tab has one thread
+pub trait Transport {
+    /// Send one frame.
+    async fn send(&mut self, frame: Vec<u8>) -> Result<(), TransportError>;
+    /// The next frame.
+    async fn receive(&mut self) -> Result<Vec<u8>, TransportError>;
+}
+
+/// Makes connections.
+#[allow(async_fn_in_trait)]
+pub trait Connector {
+    /// What it makes.
+    type Transport: Transport;
+    /// Connect once.
+    async fn connect(&mut self) -> Result<Self::Transport, TransportError>;
+}
+
+/// Why frames do not flow.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TransportError {
+    /// Closed or never there; worth another try.
+    #[error("{0}")]
+    Lost(String),
+    /// The person asked to leave.
+    #[error("left on request")]
+    Left,
+}
+
+/// Time, given from outside: a browser has another clock.
+#[allow(async_fn_in_trait)]
+pub trait Clock {
+    /// Wait.
+    async fn sleep(&self, time: Duration);
+    /// Time since some fixed moment; never goes back.
+    fn now(&self) -> Duration;
+}
+
+/// Hears what happens.
+pub trait Observer {
+    /// Called for each event, in order.
+    fn event(&mut self, event: ClientEvent<'_>);
+}
+
+/// What a participant's screen shows.
+#[derive(Debug)]
+pub enum ClientEvent<'a> {
+    /// Accepted by the server.
+    Joined {
+        /// Own number.
+        participant: ParticipantId,
+        /// For coming back after a reload.
+        token: &'a SessionToken,
+        /// What was agreed.
+        settings: &'a FederationSettings,
+        /// It was an earlier session that went on.
+        resumed: bool,
+    },
+    /// The federation changed.
+    Status(&'a Status),
+    /// A round begins, with these adapters.
+    Round {
+        /// Its number; one more than there are rounds where a personal adapter is tuned after the federation's end.
+        round: u32,
+        /// Step it goes on from (0: from its start).
+        from_step: usize,
+        /// Steps of this round.
+        steps: usize,
+        /// The federation's adapters.
+        adapter: &'a AdapterState,
+    },
+    /// A step is done.
+    Step {
+        /// Round.
+        round: u32,
+        /// Steps done.
+        step: usize,
+        /// Steps of this round.
+        steps: usize,
+        /// Its loss, nats.
+        loss: f32,
+        /// Samples seen in this step.
+        samples: usize,
+    },
+    /// The Fisher pass goes on.
+    Fisher {
+        /// Round.
+        round: u32,
+        /// Samples done.
+        done: usize,
+        /// Samples in all.
+        all: usize,
+    },
+    /// The update is accepted; these are the own adapters.
+    Uploaded {
+        /// Round.
+        round: u32,
+        /// Own adapters after training.
+        adapter: &'a AdapterState,
+    },
+    /// The update was not counted.
+    NotCounted {
+        /// Round.
+        round: u32,
+        /// Why.
+        fault: &'a Fault,
+    },
+    /// Others train in this round; a later one may name this participant.
+    Waiting {
+        /// Round.
+        round: u32,
+    },
+    /// What the adapters are worth on the own test samples.
+    Local {
+        /// Round.
+        round: u32,
+        /// As received, and after the own training.
+        local: &'a LocalEvaluation,
+    },
+    /// The connection is lost; another try follows.
+    Lost {
+        /// Why.
+        cause: &'a str,
+        /// Until then.
+        retry_in: Duration,
+    },
+}
+
+/// Why a participation ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Outcome {
+    /// All rounds done.
+    Finished {
+        /// The federation's adapters.
+        adapter: AdapterState,
+        /// Own adapters to use instead, where the strategy makes them: with `local` those trained alone, with `feddpa-f` the mix
+        /// of federated and personal ones, of twice the rank.
+        own: Option<AdapterState>,
+        /// The newest judgement on the own test samples, if there are any.
+        local: Option<LocalEvaluation>,
+    },
+    /// The person left.
+    Left,
+}
+
+/// Why a participation failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// The server refused.
+    #[error("{0}")]
+    Refused(Fault),
+    /// The server stayed away.
+    #[error("the server could not be reached for {tries} tries: {cause}; check the address and that the server runs")]
+    Unreachable {
+        /// Tries made.
+        tries: u32,
+        /// The last cause.
+        cause: String,
+    },
+    /// The own device.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// A step failed for good.
+    #[error("training failed: {0}")]
+    Step(String),
+    /// The server said something that makes no sense.
+    #[error("the server broke the protocol: {0}; reload the page or update the older program")]
+    Protocol(String),
+}
+
+/// Who takes part, with what.
+pub struct Participant<'a> {
+    /// Introduces itself with this; `resume` is filled in when coming back.
+    pub hello: Hello,
+    /// Frozen part.
+    pub edge: &'a NanoEdge,
+    /// Own samples, encoded.
+    pub cache: &'a FeatureCache,
+    /// Where the adapters are trained (without autodiff).
+    pub device: &'a Device,
+    /// Tries to reach the server in a row before giving up.
+    pub max_tries: u32,
+    /// The work of a round is kept at most this often, and at its end.
+    pub keep_every: Duration,
+}
+
+/// Who takes part, and what was agreed with the server.
+struct Agreed<'a> {
+    me: &'a Participant<'a>,
+    settings: FederationSettings,
+    id: ParticipantId,
+}
+
+/// What a participant has done in this federation, while connections come and go.
+#[derive(Default)]
+struct Work {
+    /// The round under way, or the last one.
+    round: Option<LocalRound>,
+    /// Where an earlier run of this program was, until it is taken up.
+    kept: Option<RoundSnapshot>,
+    /// The newest judgement on the own test samples.
+    local: Option<LocalEvaluation>,
+}
+
+/// Take part until the federation is finished, the person leaves, or something cannot be mended.
+///
+/// # Errors
+/// [`ClientError`].
+pub async fn participate<C: Connector, K: Clock, S: Keeper, O: Observer>(
+    mut me: Participant<'_>,
+    connector: &mut C,
+    clock: &K,
+    keeper: &mut S,
+    observer: &mut O,
+) -> Result<Outcome, ClientError> {
+    let mut desk = Desk::new(clock, keeper, me.keep_every, me.cache);
+    let mut work = Work::default();
+    let mut tries = 0u32;
+    loop {
+        let result = match connector.connect().await {
+            Ok(transport) => {
+                let mut link = Link::new(transport, &mut *observer);
+                let result = take_part(&mut me, &mut work, &mut link, &mut desk).await;
+                if matches!(result, Err(Interruption::Left)) {
+                    drop(link.send(&ClientMessage::Leave).await); // a courtesy: the server would notice anyway
+                }
+                if link.progressed {
+                    tries = 0;
+                }
+                result
+            }
+            Err(e) => Err(e.into()),
+        };
+        match result {
+            Ok(outcome) => return Ok(outcome),
+            Err(Interruption::Left) => return Ok(Outcome::Left),
+            Err(Interruption::Failed(e)) => return Err(e),
+            Err(Interruption::Lost(cause)) => {
+                tries += 1;
+                if tries >= me.max_tries {
+                    return Err(ClientError::Unreachable { tries, cause });
+                }
+                let retry_in = Duration::from_millis(500 << tries.min(5)).min(Duration::from_secs(10));
+                observer.event(ClientEvent::Lost { cause: &cause, retry_in });
+                clock.sleep(retry_in).await;
+            }
+        }
+    }
+}
+
+/// One connection: handshake, then rounds as the server calls them.
+async fn take_part<T: Transport, O: Observer, K: Clock, S: Keeper>(
+    me: &mut Participant<'_>,
+    work: &mut Work,
+    link: &mut Link<'_, T, O>,
+    desk: &mut Desk<'_, K, S>,
+) -> Result<Outcome, Interruption> {
+    let (id, settings) = shake_hands(me, work, link, desk).await?;
+    let like = AdapterState::zeros(settings.adapters, settings.rank, me.edge.config.text.hidden);
+    let agreed = Agreed { me, settings, id };
+    loop {
+        match link.next().await? {
+            ServerMessage::Round { round, adapter } => {
+                adapter.check_like(&like).map_err(|e| protocol(&e.to_string()))?;
+                work.hand_in_late(&agreed, round, link).await?;
+                let state = work.open(&agreed, round, &adapter).await?;
+                let (from_step, steps) = (state.step, state.steps());
+                link.observer.event(ClientEvent::Round { round, from_step, steps, adapter: &adapter });
+                round::run(&agreed, state, link, desk).await?;
+                work.local = state.local().or(work.local);
+            }
+            ServerMessage::Wait { round, .. } => {
+                work.hand_in_late(&agreed, round, link).await?;
+                link.observer.event(ClientEvent::Waiting { round });
+            }
+            ServerMessage::Finished { adapter } => {
+                adapter.check_like(&like).map_err(|e| protocol(&e.to_string()))?;
+                if let Some(outcome) = personal::finish(&agreed, work, adapter, link, desk).await? {
+                    return Ok(outcome);
+                }
+            }
+            ServerMessage::Refused(fault) => return Err(ClientError::Refused(fault).into()),
+            // Answers to what was cancelled.
+            ServerMessage::Trained { .. }
+            | ServerMessage::Evaluated { .. }
+            | ServerMessage::Generated { .. }
+            | ServerMessage::RequestRefused { .. }
+            | ServerMessage::UpdateAccepted { .. }
+            | ServerMessage::UpdateRefused { .. } => {}
+            // The link keeps these for itself.
+            ServerMessage::Status(_) | ServerMessage::Closing(_) => {}
+            other @ ServerMessage::Welcome { .. } => return Err(protocol(&format!("a second {}", name(&other)))),
+        }
+    }
+}
+
+/// Say who this is; what the server answers decides whether earlier work goes on.
+async fn shake_hands<T: Transport, O: Observer, K: Clock, S: Keeper>(
+    me: &mut Participant<'_>,
+    work: &mut Work,
+    link: &mut Link<'_, T, O>,
+    desk: &mut Desk<'_, K, S>,
+) -> Result<(ParticipantId, FederationSettings), Interruption> {
+    link.send(&ClientMessage::Hello(me.hello.clone())).await?;
+    match link.receive().await? {
+        ServerMessage::Welcome { participant, token, settings, status } => {
+            let resumed = me.hello.resume.as_ref() == Some(&token);
+            settings
+                .validate()
+                .map_err(|faults| protocol(&format!("settings that cannot be used ({})", faults.join("; "))))?;
+            if desk.bind(&token, &settings) {
+                // Somebody new to this server, or new here: what was trained in memory belongs to another participation.
+                let kept = desk.kept().await;
+                *work = Work { round: None, local: kept.as_ref().and_then(RoundSnapshot::local), kept };
+            }
+            me.hello.edge_bytes = 0; // reported once
+            link.observer.event(ClientEvent::Joined { participant, token: &token, settings: &settings, resumed });
+            link.observer.event(ClientEvent::Status(&status));
+            me.hello.resume = Some(token);
+            Ok((participant, settings))
+        }
+        ServerMessage::Refused(fault) => Err(ClientError::Refused(fault).into()),
+        ServerMessage::Closing(fault) => Err(Interruption::Lost(fault.to_string())),
+        other => Err(protocol(&format!("{} instead of a welcome", name(&other)))),
+    }
+}
+
+impl Work {
+    /// The local round of this number: where it was, in memory or kept, or from its beginning.
+    async fn open(
+        &mut self,
+        agreed: &Agreed<'_>,
+        round: u32,
+        adapter: &AdapterState,
+    ) -> Result<&mut LocalRound, DeviceError> {
+        let state = match self.round.take() {
+            Some(same) if same.round == round => same,
+            other => {
+                self.round = other;
+                // Alone, nobody starts anew from what the federation sends.
+                let own = if agreed.settings.strategy == Strategy::Local { self.own().await? } else { None };
+                let kept = self.kept.take();
+                let resumed = kept.and_then(|kept| LocalRound::resume(agreed, round, adapter, &kept));
+                let own = own.filter(|own| own.check_like(adapter).is_ok());
+                resumed.unwrap_or_else(|| LocalRound::begin(agreed, round, adapter.clone(), own.as_ref()))
+            }
+        };
+        Ok(self.round.insert(state))
+    }
+
+    /// The own adapters as they were trained last.
+    async fn own(&self) -> Result<Option<AdapterState>, DeviceError> {
+        match (&self.round, &self.kept) {
+            (Some(state), _) => Ok(Some(state.adapters.to_state().await?)),
+            (None, Some(kept)) => Ok(Some(kept.adapter.clone())),
+            (None, None) => Ok(None),
+        }
+    }
+
+    /// An update that was ready when the connection broke may still be merged, though the federation is further.
+    async fn hand_in_late<T: Transport, O: Observer>(
+        &mut self,
+        agreed: &Agreed<'_>,
+        now: u32,
+        link: &mut Link<'_, T, O>,
+    ) -> Result<(), Interruption> {
+        match &mut self.round {
+            Some(last) if last.round < now && now - last.round <= agreed.settings.max_staleness => {
+                if last.is_unanswered() { round::hand_in(last, link).await } else { Ok(()) }
+            }
+            _ => Ok(()),
+        }
+    }
+}
