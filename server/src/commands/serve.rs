@@ -2,7 +2,8 @@
 
 use super::SettingFlags;
 use crate::app::{App, ServerSettings, bind, held_out_from};
-use crate::device::DeviceChoice;
+use crate::device::{ComputeDtype, DeviceChoice};
+use crate::fetch::resolve_model;
 use fednano_shared::bundle::EdgeDtype;
 use fednano_shared::settings::FederationSettings;
 use std::net::SocketAddr;
@@ -12,12 +13,15 @@ use tokio_util::sync::CancellationToken;
 /// Serve a model to participants: page, edge weights, websocket, rounds.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Model directory in Hugging Face layout.
+    /// Model directory in Hugging Face's layout, or a model of the hub as owner/name after `fednano fetch owner/name`.
     #[arg(long)]
-    model: PathBuf,
+    model: String,
     /// Where the LLM runs.
     #[arg(long, value_enum, default_value = "auto")]
     device: DeviceChoice,
+    /// Type of the LLM's weights and of what is computed with them.
+    #[arg(long, value_enum, default_value = "auto")]
+    dtype: ComputeDtype,
     /// Address to listen on.
     #[arg(long, default_value = "127.0.0.1:8080")]
     listen: String,
@@ -50,10 +54,12 @@ pub struct Args {
 pub async fn main(args: &Args) -> anyhow::Result<()> {
     let settings = args.settings.settings(FederationSettings::default())?;
     let listener = bind(&args.listen).await?;
+    let model = resolve_model(&args.model)?;
     let (device, name) = args.device.open()?;
-    println!("loading {} on {name}", args.model.display());
+    let dtype = args.dtype.choose(&model, &device, &name)?;
+    println!("loading {} on {name}, the LLM in {}", model.display(), dtype.name());
     let server = ServerSettings {
-        model: args.model.clone(),
+        model,
         www: args.www.clone(),
         data_dir: args.data_dir.clone(),
         edge_dtype: args.edge_dtype,
@@ -63,7 +69,7 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
         merge_requests: true,
     };
     let shutdown = CancellationToken::new();
-    let app = App::start(server, &device, shutdown.clone()).await?;
+    let app = App::start(server, (&device, dtype), shutdown.clone()).await?;
     let address = listener.local_addr()?;
     for federation in &args.federations {
         println!("invite link: {}/?federation={federation}", base_url(address));
