@@ -13,6 +13,7 @@ use burn::tensor::{DType, Device, Tensor, TensorCreationOptions, TensorData};
 use safetensors::tensor::{Dtype, TensorView};
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::weights::Layout;
 pub use super::weights::Weights;
 
 /// Why a checkpoint cannot be loaded.
@@ -102,8 +103,14 @@ pub fn fill<M: Module, S: TensorSource>(
     filled: &mut BTreeSet<String>,
     faults: &mut Vec<String>,
 ) -> M {
-    let find = |name: &str, shape: &[usize]| -> Result<Option<TensorData>, String> {
-        Ok(source.find(name, shape)?.map(|blob| TensorData::new(blob.data, blob.shape)))
+    let find = |name: &str, shape: &[usize], transposed: bool| -> Result<Option<TensorData>, String> {
+        let Some(TensorBlob { mut shape, data }) = source.find(name, shape)? else { return Ok(None) };
+        let layout = Layout::of(&shape, transposed);
+        if let Layout::Transposed(..) = layout {
+            shape.reverse();
+            return Ok(Some(TensorData::new(layout.arrange(data.len(), |i| data[i]), shape)));
+        }
+        Ok(Some(TensorData::new(data, shape)))
     };
     module.map(&mut Filler { find: &find, prefix, path: Vec::new(), filled, faults })
 }
@@ -112,10 +119,12 @@ pub fn fill<M: Module, S: TensorSource>(
 fn load<M: Module>(
     module: M,
     prefix: &str,
-    find: impl Fn(&str) -> Result<TensorData, String>,
+    find: impl Fn(&str, bool) -> Result<TensorData, String>,
     faults: &mut Vec<String>,
 ) -> M {
-    let find = |name: &str, _: &[usize]| -> Result<Option<TensorData>, String> { find(name).map(Some) };
+    let find = |name: &str, _: &[usize], transposed: bool| -> Result<Option<TensorData>, String> {
+        find(name, transposed).map(Some)
+    };
     module.map(&mut Filler { find: &find, prefix, path: Vec::new(), filled: &mut BTreeSet::new(), faults })
 }
 
@@ -148,7 +157,7 @@ fn file_shape<const N: usize>(param: &Param<Tensor<N>>, transposed: bool) -> Vec
 }
 
 /// A tensor by name, in the file's layout; it ought to have the shape.
-type Find<'a> = dyn Fn(&str, &[usize]) -> Result<Option<TensorData>, String> + 'a;
+type Find<'a> = dyn Fn(&str, &[usize], bool) -> Result<Option<TensorData>, String> + 'a;
 
 struct Filler<'a> {
     find: &'a Find<'a>,
@@ -170,7 +179,7 @@ impl ModuleMapper for Filler<'_> {
     fn map_float<const N: usize>(&mut self, param: Param<Tensor<N>>) -> Param<Tensor<N>> {
         let (key, transposed) = key_of(&self.path, self.prefix);
         let expected = file_shape(&param, transposed);
-        let data = match (self.find)(&key, &expected) {
+        let data = match (self.find)(&key, &expected, transposed) {
             Ok(Some(data)) => data,
             Ok(None) => return param,
             Err(fault) => {
@@ -178,18 +187,17 @@ impl ModuleMapper for Filler<'_> {
                 return param;
             }
         };
-        let shape = data.shape().as_slice();
+        let mut shape = data.shape().as_slice().to_vec();
+        if transposed {
+            shape.reverse();
+        }
         if shape != expected {
             self.faults.push(format!("{key}: shape {shape:?}, expected {expected:?}"));
             return param;
         }
         let (device, dtype) = (param.lazy_device(), data.dtype());
         let id = param.id;
-        let mut tensor = Tensor::<N>::from_data(data, (&device, dtype));
-        if transposed {
-            // Strides change places, the values stay where they are.
-            tensor = tensor.transpose();
-        }
+        let tensor = Tensor::<N>::from_data(data, (&device, dtype));
         self.filled.insert(key);
         // Nothing that comes from a checkpoint is trained by a client.
         Param::initialized(id, tensor).set_require_grad(false)
@@ -282,7 +290,7 @@ pub struct EdgeParts {
 /// One list of all missing and misshapen tensors.
 pub fn load_edge(config: &ModelConfig, weights: &Weights, device: &Device) -> Result<EdgeParts, CheckpointError> {
     let mut faults = Vec::new();
-    let find = |name: &str| weights.tensor(name, DType::F32);
+    let find = |name: &str, transposed: bool| weights.tensor(name, DType::F32, transposed);
     let vision = load(VisionTower::init(config, device), VISION_TOWER, find, &mut faults);
     let projector = load(Projector::init(config, device), PROJECTOR, find, &mut faults);
     let shape = [config.text.vocab, config.text.hidden];
@@ -313,7 +321,10 @@ pub fn load_llm(
 ) -> Result<Llama, CheckpointError> {
     let place = place.into();
     let dtype = place.dtype_or(DType::F32);
-    let find = |name: &str| weights.tensor(if config.text.tied && name == HEAD { TOKEN_TABLE } else { name }, dtype);
+    let find = |name: &str, transposed: bool| {
+        let stored = if config.text.tied && name == HEAD { TOKEN_TABLE } else { name };
+        weights.tensor(stored, dtype, transposed)
+    };
     let mut faults = Vec::new();
     let llm = load(Llama::init(&config.text, &place.device), LANGUAGE_MODEL, find, &mut faults);
     if faults.is_empty() { Ok(llm) } else { Err(CheckpointError::Tensors(faults)) }

@@ -10,6 +10,8 @@ use super::files::{WEIGHTS, WeightIndex, unusable};
 use crate::plain::TensorBlob;
 use burn::tensor::{DType, TensorData};
 use half::{bf16, f16};
+#[cfg(not(target_arch = "wasm32"))]
+use rayon::prelude::*;
 use safetensors::tensor::{Dtype, SafeTensors};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -186,21 +188,26 @@ impl Weights {
     /// A sentence for the list in [`CheckpointError::Tensors`].
     pub fn read(&self, name: &str) -> Result<TensorBlob, String> {
         let (stored, bytes) = self.find(name)?;
-        let data = convert(stored.dtype, bytes, |v| v).ok_or_else(|| stored.unsupported(name))?;
+        let data = convert(stored.dtype, bytes, Layout::AsStored, |v| v).ok_or_else(|| stored.unsupported(name))?;
         Ok(TensorBlob { shape: stored.shape.clone(), data })
     }
 
-    /// A tensor in the type to compute in (f16, bf16, else f32), in the file's own layout. No copy in any other type is made.
+    /// A tensor in the type to compute in (f16, bf16, else f32), in the file's own layout or, where it is a matrix, `transposed`. No
+    /// other copy is made.
     ///
     /// # Errors
     /// A sentence for the list in [`CheckpointError::Tensors`].
-    pub fn tensor(&self, name: &str, dtype: DType) -> Result<TensorData, String> {
+    pub fn tensor(&self, name: &str, dtype: DType, transposed: bool) -> Result<TensorData, String> {
         let (stored, bytes) = self.find(name)?;
-        let shape = stored.shape.clone();
+        let layout = Layout::of(&stored.shape, transposed);
+        let mut shape = stored.shape.clone();
+        if let Layout::Transposed(..) = layout {
+            shape.reverse();
+        }
         let data = match dtype {
-            DType::F16 => convert(stored.dtype, bytes, f16::from_f32).map(|values| TensorData::new(values, shape)),
-            DType::BF16 => convert(stored.dtype, bytes, bf16::from_f32).map(|values| TensorData::new(values, shape)),
-            _ => convert(stored.dtype, bytes, |v| v).map(|values| TensorData::new(values, shape)),
+            DType::F16 => convert(stored.dtype, bytes, layout, f16::from_f32).map(|v| TensorData::new(v, shape)),
+            DType::BF16 => convert(stored.dtype, bytes, layout, bf16::from_f32).map(|v| TensorData::new(v, shape)),
+            _ => convert(stored.dtype, bytes, layout, |v| v).map(|v| TensorData::new(v, shape)),
         };
         data.ok_or_else(|| stored.unsupported(name))
     }
@@ -241,13 +248,68 @@ impl Weights {
     }
 }
 
+/// The order in which stored values are wanted.
+#[derive(Clone, Copy)]
+pub(super) enum Layout {
+    /// As they come.
+    AsStored,
+    /// Of so many rows and columns, exchanged.
+    Transposed(usize, usize),
+}
+
+impl Layout {
+    /// `transposed`, where `shape` is a matrix.
+    pub(super) fn of(shape: &[usize], transposed: bool) -> Self {
+        match shape {
+            [rows, columns] if transposed => Self::Transposed(*rows, *columns),
+            _ => Self::AsStored,
+        }
+    }
+
+    /// The `count` values that `get` yields by their place in the file.
+    pub(super) fn arrange<T: Copy + Default + Send>(self, count: usize, get: impl Fn(usize) -> T + Sync) -> Vec<T> {
+        /// Rows and columns of a square that stays in the cache on both sides.
+        const SIDE: usize = 32;
+        let mut values = vec![T::default(); count];
+        let fill = |(band, out): (usize, &mut [T])| match self {
+            Self::AsStored => out.iter_mut().enumerate().for_each(|(i, value)| *value = get(band * BAND + i)),
+            Self::Transposed(rows, columns) => {
+                for top in (0..rows).step_by(SIDE) {
+                    for (i, row) in out.chunks_exact_mut(rows).enumerate() {
+                        let (end, column) = (rows.min(top + SIDE), band * SIDE + i);
+                        let squares = row.iter_mut().enumerate().take(end).skip(top);
+                        squares.for_each(|(r, value)| *value = get(r * columns + column));
+                    }
+                }
+            }
+        };
+        /// Values of a part that one thread fills.
+        const BAND: usize = 1 << 16;
+        let part = match self {
+            Self::AsStored => BAND,
+            Self::Transposed(rows, _) => (SIDE * rows).max(1),
+        };
+        #[cfg(not(target_arch = "wasm32"))]
+        values.par_chunks_mut(part).enumerate().for_each(fill);
+        #[cfg(target_arch = "wasm32")]
+        values.chunks_mut(part).enumerate().for_each(fill);
+        values
+    }
+}
+
 /// Stored values, each passed through `of`; none where the stored type is no supported one.
-fn convert<T>(dtype: Dtype, bytes: &[u8], of: impl Fn(f32) -> T) -> Option<Vec<T>> {
-    let pairs = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
+fn convert<T: Copy + Default + Send>(
+    dtype: Dtype,
+    bytes: &[u8],
+    layout: Layout,
+    of: impl Fn(f32) -> T + Sync,
+) -> Option<Vec<T>> {
+    let pair = |i: usize| [bytes[2 * i], bytes[2 * i + 1]];
+    let four = |i: usize| [bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]];
     match dtype {
-        Dtype::F32 => Some(bytes.chunks_exact(4).map(|b| of(f32::from_le_bytes([b[0], b[1], b[2], b[3]]))).collect()),
-        Dtype::F16 => Some(pairs().map(|b| of(f16::from_le_bytes(b).to_f32())).collect()),
-        Dtype::BF16 => Some(pairs().map(|b| of(bf16::from_le_bytes(b).to_f32())).collect()),
+        Dtype::F32 => Some(layout.arrange(bytes.len() / 4, |i| of(f32::from_le_bytes(four(i))))),
+        Dtype::F16 => Some(layout.arrange(bytes.len() / 2, |i| of(f16::from_le_bytes(pair(i)).to_f32()))),
+        Dtype::BF16 => Some(layout.arrange(bytes.len() / 2, |i| of(bf16::from_le_bytes(pair(i)).to_f32()))),
         _ => None,
     }
 }
@@ -269,13 +331,27 @@ mod tests {
         let blob = TensorBlob { shape: vec![3], data: vec![1.0, -0.333_333_34, 70_000.0] };
         let weights = stored(&blob, Storage::F32);
         assert_eq!(weights.read(NAME).unwrap(), blob);
-        let data = |dtype: DType| weights.tensor(NAME, dtype).unwrap();
+        let data = |dtype: DType| weights.tensor(NAME, dtype, false).unwrap();
         assert_eq!(data(DType::F32).as_slice::<f32>().unwrap(), blob.data);
         let halves: Vec<f32> = data(DType::F16).as_slice::<f16>().unwrap().iter().map(|v| v.to_f32()).collect();
         assert_eq!(halves, [1.0, -0.333_251_95, f32::INFINITY]);
         let halves: Vec<f32> = data(DType::BF16).as_slice::<bf16>().unwrap().iter().map(|v| v.to_f32()).collect();
         assert_eq!(halves, [1.0, -0.333_984_38, 70_144.0]);
-        assert!(weights.tensor("lm_head.weight", DType::F32).unwrap_err().contains("missing"));
+        assert!(weights.tensor("lm_head.weight", DType::F32, true).unwrap_err().contains("missing"));
+    }
+
+    #[test]
+    fn a_matrix_comes_transposed() {
+        let (rows, columns) = (67, 41);
+        let data: Vec<f32> = (0..rows * columns).map(|i| i as f32).collect();
+        let blob = TensorBlob { shape: vec![rows, columns], data };
+        let got = stored(&blob, Storage::F32).tensor(NAME, DType::F32, true).unwrap();
+        assert_eq!(got.shape().as_slice(), [columns, rows]);
+        let got = got.as_slice::<f32>().unwrap();
+        for (row, column) in [(0, 0), (66, 40), (33, 31), (31, 33), (64, 32)] {
+            assert_eq!(got[column * rows + row], blob.data[row * columns + column]);
+        }
+        assert_eq!(got.iter().sum::<f32>(), blob.data.iter().sum::<f32>());
     }
 
     #[test]
