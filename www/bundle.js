@@ -64,8 +64,7 @@ class Tally {
 /** Words on storage and memory, before anything is downloaded; an Error if there is too little. */
 async function room(manifest, tally, store) {
   const edgeDtype = manifest.edge_dtype;
-  const largest = Math.max(...manifest.pieces.map((p) => p.bytes));
-  const memory = judgeMemory({ resident: manifest.resident_bytes, largest, deviceMemory: navigator.deviceMemory, edgeDtype });
+  const memory = judgeMemory({ needed: manifest.resident_bytes, deviceMemory: navigator.deviceMemory, edgeDtype });
   if (!store) return memory;
   const missing = tally.all - tally.sum('have');
   const needed = withMargin(missing);

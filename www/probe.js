@@ -1,4 +1,5 @@
-// The probe of shared/src/probe.rs on this device, through the same worker as the page.
+// Computations of this device for tests, through the same worker as the page: the probe of shared/src/probe.rs with the server's
+// LLM, or the comparison of shared/src/check with PyTorch's values.
 import { WorkerTab } from './tab.js';
 
 const query = new URLSearchParams(location.search);
@@ -15,8 +16,14 @@ const tab = new WorkerTab((message) => {
 });
 
 try {
-  await tab.call('load', { device: query.get('device') ?? 'cpu' });
-  finish('done', await tab.call('probe', { url: socket, federation: query.get('federation') ?? '' }));
+  const device = query.get('device') ?? 'cpu';
+  const checkpoint = query.get('checkpoint');
+  if (checkpoint) {
+    finish('done', await tab.call('check', { checkpoint: new URL(checkpoint, location.href).href, device }));
+  } else {
+    await tab.call('load', { device });
+    finish('done', await tab.call('probe', { url: socket, federation: query.get('federation') ?? '' }));
+  }
 } catch (e) {
   finish('error', e.message);
 }

@@ -35,9 +35,8 @@ export function judgeStorage({ missing, quota, usage, claimed, edgeDtype }) {
   );
 }
 
-/** A sentence on memory; an Error if `resident` bytes and the `largest` piece on top cannot fit. `deviceMemory` is in GiB. */
-export function judgeMemory({ resident, largest, deviceMemory, edgeDtype }) {
-  const needed = resident + largest;
+/** A sentence on memory; an Error if `needed` bytes (the manifest's `resident_bytes`) cannot fit. `deviceMemory` is in GiB. */
+export function judgeMemory({ needed, deviceMemory, edgeDtype }) {
   const dtype = `ask the operator for a smaller --edge-dtype (now ${edgeDtype})`;
   if (needed > WASM_LIMIT) {
     throw new Error(

@@ -1,6 +1,6 @@
 // The Web Worker: gets the edge bundle, holds the wasm `Tab`, answers commands {id, cmd, args} with {id, result | error};
 // in between it posts {event, ...}. The page never computes, so it never freezes.
-import init, { EdgeLoader } from './pkg/fednano_web.js';
+import init, { EdgeLoader, checkReference } from './pkg/fednano_web.js';
 import { loadBundle } from './bundle.js';
 import { decode, decodeAll } from './decode.js';
 
@@ -26,11 +26,15 @@ function look(pictures, samples) {
   return found;
 }
 
+/** The wasm program. */
+const program = () =>
+  init().catch((e) => {
+    throw new Error(`the program (www/pkg) could not be loaded: ${e.message}; run 'just web' on the server and reload`);
+  });
+
 const commands = {
   async load({ device, memory }) {
-    const wasm = init().catch((e) => {
-      throw new Error(`the program (www/pkg) could not be loaded: ${e.message}; run 'just web' on the server and reload`);
-    });
+    const wasm = program();
     wasm.catch(() => {}); // reported below, unless the download fails first
     const open = async (manifest, files) => {
       await wasm;
@@ -76,11 +80,20 @@ const commands = {
     stopped = true;
   },
   probe: ({ url, federation }) => tab.probe(url, federation),
+  async check({ checkpoint, device }) {
+    const { fetchReference } = await import('./reference.js'); // participants never need it
+    const { files, pictures } = await fetchReference(checkpoint);
+    await program();
+    return checkReference(files, pictures, device);
+  },
 };
+
+/** Commands that need no model. */
+const FIRST = ['load', 'check'];
 
 self.onmessage = async ({ data: { id, cmd, args } }) => {
   try {
-    if (cmd !== 'load' && !tab) throw new Error('the model is not loaded yet; wait for step 1');
+    if (!FIRST.includes(cmd) && !tab) throw new Error('the model is not loaded yet; wait for step 1');
     self.postMessage({ id, result: await commands[cmd](args ?? {}) });
   } catch (e) {
     if (e instanceof WebAssembly.RuntimeError) crash(e);

@@ -9,7 +9,7 @@ use crate::llm_host::{self, LlmHandle, Order};
 use crate::session::Shared;
 use crate::store::Store;
 use anyhow::Context;
-use burn::tensor::Device;
+use burn::tensor::TensorCreationOptions;
 use fednano_shared::bundle::EdgeDtype;
 use fednano_shared::data::dataset::Dataset;
 use fednano_shared::data::scene::DemoTheme;
@@ -76,16 +76,23 @@ pub struct App {
 }
 
 impl App {
-    /// Load the model, encode the held-out set, start the federations.
+    /// Load the model, encode the held-out set, start the federations. `place` says where everything is computed and the type of the
+    /// LLM, as for [`load_llm`].
     ///
     /// # Errors
     /// A model or a data directory that cannot be used.
-    pub async fn start(settings: ServerSettings, device: &Device, shutdown: CancellationToken) -> anyhow::Result<Self> {
+    pub async fn start(
+        settings: ServerSettings,
+        place: impl Into<TensorCreationOptions>,
+        shutdown: CancellationToken,
+    ) -> anyhow::Result<Self> {
         anyhow::ensure!(
             settings.order != Order::Lockstep || settings.federations.len() == 1,
             "in lockstep there can be one federation, here are {}; members of different ones would wait for each other",
             settings.federations.len()
         );
+        let place: TensorCreationOptions = place.into();
+        let device = &place.device;
         let files = ModelFiles::open(&settings.model)
             .with_context(|| format!("the model directory {} cannot be used", settings.model.display()))?;
         let bundle =
@@ -93,7 +100,8 @@ impl App {
         // From the bundle, so that the server judges with the very features that clients compute.
         let edge = Arc::new(bundle.edge(device)?);
         let autodiff = device.clone().autodiff();
-        let llm = FrozenLlm::new(load_llm(&files.config, &files.weights, &autodiff)?, &files.config.text, &autodiff);
+        let llm = load_llm(&files.config, &files.weights, place.clone().with_device(autodiff.clone()))?;
+        let llm = FrozenLlm::new(llm, &files.config.text, &autodiff);
         let llm = llm_host::start(llm, settings.order)?;
         let data = match settings.held_out {
             HeldOutSource::Data(data) => data,

@@ -7,12 +7,13 @@
 //! connection; hf-hub 1.0 begins every file anew.
 
 use anyhow::Context;
+use fednano_shared::model::files::{INDEX, WEIGHTS, WeightIndex, is_plain};
 use hf_hub::api::sync::{Api, ApiBuilder, ApiRepo};
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 use serde::Deserialize;
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt::Display;
 use std::fs::{File, TryLockError};
@@ -29,10 +30,6 @@ const REQUIRED: [&str; 3] = ["config.json", "tokenizer.json", "preprocessor_conf
 /// Files taken where a repository has them; the last two are for other programs that read the same snapshot.
 const OPTIONAL: [&str; 4] =
     ["generation_config.json", "processor_config.json", "tokenizer_config.json", "special_tokens_map.json"];
-/// Weights in one file.
-const WEIGHTS: &str = "model.safetensors";
-/// The list of weights in several files.
-const INDEX: &str = "model.safetensors.index.json";
 /// Time to reach a server.
 const CONNECT: Duration = Duration::from_secs(30);
 /// A connection that is silent for so long is dead.
@@ -150,7 +147,8 @@ pub fn fetch(options: &FetchOptions, progress: &mut dyn FnMut(Progress<'_>)) -> 
         run.store(&remote)?;
         let path = run.snapshot.join(INDEX);
         let index = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        parts(&index).with_context(|| format!("{INDEX} of {id} is not usable; fetch another model or revision"))?
+        let unusable = || format!("{INDEX} of {id} is not usable; fetch another model or revision");
+        WeightIndex::parse(&index).with_context(unusable)?.files()
     } else {
         vec![WEIGHTS.to_owned()]
     };
@@ -211,25 +209,15 @@ pub fn cached(cache: &Path, repo: &str, revision: &str) -> anyhow::Result<PathBu
 fn lacking(dir: &Path) -> Vec<String> {
     let mut names: Vec<String> = REQUIRED.map(str::to_owned).into();
     match std::fs::read(dir.join(INDEX)) {
-        Ok(index) => names.extend(parts(&index).unwrap_or_else(|_| vec![format!("a usable {INDEX}")])),
+        Ok(index) => match WeightIndex::parse(&index) {
+            Ok(index) => names.extend(index.files()),
+            Err(_) => names.push(format!("a usable {INDEX}")),
+        },
         Err(_) => names.push(WEIGHTS.to_owned()),
     }
     // `exists` follows links: one that leads nowhere counts as lacking.
     names.retain(|n| !dir.join(n).exists());
     names
-}
-
-/// The weight files that an index names.
-fn parts(index: &[u8]) -> anyhow::Result<Vec<String>> {
-    let json: serde_json::Value = serde_json::from_slice(index)?;
-    let map = json["weight_map"].as_object().context("it has no weight_map")?;
-    let names: BTreeSet<&str> = map.values().filter_map(serde_json::Value::as_str).collect();
-    anyhow::ensure!(!names.is_empty(), "its weight_map is empty");
-    for name in &names {
-        // A name in an index is no path.
-        anyhow::ensure!(is_plain(name), "it names '{name}', which is no plain file name");
-    }
-    Ok(names.into_iter().map(str::to_owned).collect())
 }
 
 /// The hub's answer about a model; of its many fields, those that are needed.
@@ -580,12 +568,6 @@ pub fn cache_dir() -> anyhow::Result<PathBuf> {
 
 fn is_hex(text: &str, length: usize) -> bool {
     text.len() == length && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
-}
-
-/// A name that is no path and needs no escaping in an address.
-fn is_plain(text: &str) -> bool {
-    let known = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
-    !text.is_empty() && !text.starts_with('.') && text.bytes().all(known)
 }
 
 fn is_repo(text: &str) -> bool {

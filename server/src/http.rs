@@ -1,7 +1,7 @@
 //! Routes: the page, edge weights, status, the WebSocket. The only file that knows axum.
 
 use crate::edge_bundle::Bundle;
-use crate::session::{self, Shared, SocketFault};
+use crate::session::{self, Shared, SignsOfLife, SocketFault};
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
 use axum::extract::{Path, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -40,10 +40,23 @@ pub async fn serve(
     site: Arc<Site>,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> std::io::Result<()> {
-    axum::serve(listener, router(site)).with_graceful_shutdown(shutdown).await
+    serve_with(listener, site, SignsOfLife::default(), shutdown).await
 }
 
-fn router(site: Arc<Site>) -> Router {
+/// The same with another patience with silent peers.
+///
+/// # Errors
+/// The listener's.
+pub async fn serve_with(
+    listener: tokio::net::TcpListener,
+    site: Arc<Site>,
+    signs: SignsOfLife,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> std::io::Result<()> {
+    axum::serve(listener, router(site, signs)).with_graceful_shutdown(shutdown).await
+}
+
+fn router(site: Arc<Site>, signs: SignsOfLife) -> Router {
     // The wasm is compressed once, by the build.
     let page = ServeDir::new(&site.www).append_index_html_on_directories(true).precompressed_gzip();
     // Weights hardly shrink, in f16 as well as quantised.
@@ -52,7 +65,7 @@ fn router(site: Arc<Site>) -> Router {
         .and(NotForContentType::const_new("application/wasm"));
     let header = |name, value| SetResponseHeaderLayer::if_not_present(name, HeaderValue::from_static(value));
     Router::new()
-        .route("/ws", get(websocket))
+        .route("/ws", get(move |state: State<Arc<Site>>, upgrade: WebSocketUpgrade| websocket(state, upgrade, signs)))
         .route("/api/federations", get(federations))
         .route("/api/federations/{name}", get(federation))
         .route("/edge/manifest.json", get(manifest))
@@ -142,7 +155,7 @@ fn has_already(headers: &HeaderMap, tag: &str) -> bool {
     tags.map(str::trim).any(|t| t == "*" || t.strip_prefix("W/").unwrap_or(t) == tag)
 }
 
-async fn websocket(State(site): State<Arc<Site>>, upgrade: WebSocketUpgrade) -> Response {
+async fn websocket(State(site): State<Arc<Site>>, upgrade: WebSocketUpgrade, signs: SignsOfLife) -> Response {
     let site = site.clone();
     upgrade
         .max_message_size(wire::MAX_FRAME)
@@ -150,7 +163,7 @@ async fn websocket(State(site): State<Arc<Site>>, upgrade: WebSocketUpgrade) -> 
         .on_upgrade(move |socket| {
             let tracked = site.sessions.clone();
             let shared = site.shared.clone();
-            async move { drop(tracked.spawn(session::run(frames(socket), shared)).await) }
+            async move { drop(tracked.spawn(session::run_with(frames(socket), shared, signs)).await) }
         })
         .into_response()
 }

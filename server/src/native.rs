@@ -4,7 +4,7 @@
 use crate::session::SocketFault;
 use anyhow::Context;
 use fednano_shared::client::{ClientEvent, Clock, Connector, Observer, Transport, TransportError};
-use fednano_shared::wire::MAX_FRAME;
+use fednano_shared::wire::{MAX_FRAME, check_outgoing};
 use futures_channel::mpsc;
 use futures_util::{Sink, SinkExt, Stream, StreamExt};
 use std::pin::Pin;
@@ -56,12 +56,18 @@ impl Invite {
 pub struct SocketConnector {
     url: String,
     leave: CancellationToken,
+    silence: Duration,
 }
 
 impl SocketConnector {
     /// `leave`: cancelled when the person wants to leave.
     pub fn new(url: impl Into<String>, leave: CancellationToken) -> Self {
-        Self { url: url.into(), leave }
+        Self { url: url.into(), leave, silence: SILENCE }
+    }
+
+    /// A server that says nothing for so long, not even a ping, is gone (otherwise 90 s).
+    pub fn with_silence(self, silence: Duration) -> Self {
+        Self { silence, ..self }
     }
 }
 
@@ -69,6 +75,7 @@ impl SocketConnector {
 pub struct Socket {
     stream: WebSocketStream<MaybeTlsStream<TcpStream>>,
     leave: CancellationToken,
+    silence: Duration,
 }
 
 /// A server says something every 15 s; one that is silent for so long is gone.
@@ -83,7 +90,7 @@ impl Connector for SocketConnector {
             return Err(TransportError::Left);
         }
         match tokio_tungstenite::connect_async_with_config(&self.url, Some(config), true).await {
-            Ok((stream, _)) => Ok(Socket { stream, leave: self.leave.clone() }),
+            Ok((stream, _)) => Ok(Socket { stream, leave: self.leave.clone(), silence: self.silence }),
             Err(e) => Err(TransportError::Lost(format!("no connection to {}: {e}", self.url))),
         }
     }
@@ -91,6 +98,8 @@ impl Connector for SocketConnector {
 
 impl Transport for Socket {
     async fn send(&mut self, frame: Vec<u8>) -> Result<(), TransportError> {
+        // The server would close the connection, which says less.
+        check_outgoing(&frame).map_err(|e| TransportError::Lost(e.to_string()))?;
         self.stream
             .send(Message::Binary(frame.into()))
             .await
@@ -101,10 +110,11 @@ impl Transport for Socket {
         loop {
             let next = tokio::select! {
                 () = self.leave.cancelled() => return Err(TransportError::Left),
-                next = tokio::time::timeout(SILENCE, self.stream.next()) => next,
+                next = tokio::time::timeout(self.silence, self.stream.next()) => next,
             };
             let Ok(next) = next else {
-                return Err(TransportError::Lost(format!("the server has been silent for {} s", SILENCE.as_secs())));
+                let seconds = self.silence.as_secs_f64();
+                return Err(TransportError::Lost(format!("the server has been silent for {seconds} s")));
             };
             match next {
                 Some(Ok(Message::Binary(bytes))) => return Ok(bytes.into()),

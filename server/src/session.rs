@@ -22,10 +22,23 @@ const HANDSHAKE: Duration = Duration::from_secs(20);
 const IN_FLIGHT: usize = 4;
 /// A peer that takes nothing for so long is gone.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
-/// After so long without a word from a side, a sign of life is asked for, or given.
-const BEAT: Duration = Duration::from_secs(15);
-/// A peer that has given signs of life and gives none for so long is gone (a closed lid sends no goodbye).
-const SILENCE: Duration = Duration::from_secs(90);
+/// Bytes are reported, and silent peers looked for, this often (more often where they have less time).
+const TICK: Duration = Duration::from_secs(1);
+
+/// When a silent peer is asked for a sign of life, and when it counts as gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SignsOfLife {
+    /// After so long without a word from a side, a sign of life is asked for, or given.
+    pub beat: Duration,
+    /// A peer that has given signs of life and gives none for so long is gone (a closed lid sends no goodbye).
+    pub silence: Duration,
+}
+
+impl Default for SignsOfLife {
+    fn default() -> Self {
+        Self { beat: Duration::from_secs(15), silence: Duration::from_secs(90) }
+    }
+}
 
 /// What a socket yields instead of a frame.
 #[derive(Debug)]
@@ -60,14 +73,22 @@ enum Computed {
 type InFlight = FuturesUnordered<Pin<Box<dyn Future<Output = Computed> + Send>>>;
 
 /// Serve one connection to its end.
-pub async fn run<S>(mut socket: S, shared: Shared)
+pub async fn run<S>(socket: S, shared: Shared)
+where
+    S: Stream<Item = Result<Vec<u8>, SocketFault>> + Sink<Vec<u8>> + Unpin + Send,
+{
+    run_with(socket, shared, SignsOfLife::default()).await;
+}
+
+/// The same with another patience with a silent peer.
+pub async fn run_with<S>(mut socket: S, shared: Shared, signs: SignsOfLife)
 where
     S: Stream<Item = Result<Vec<u8>, SocketFault>> + Sink<Vec<u8>> + Unpin + Send,
 {
     match handshake(&mut socket, &shared).await {
         Ok(Some(mut session)) => {
             let (id, connection) = (session.id, session.connection);
-            let end = session.serve(&mut socket, &shared).await;
+            let end = session.serve(&mut socket, &shared, signs).await;
             session.report().await;
             session.end_text(&shared).await;
             if let Some(id) = id {
@@ -84,7 +105,15 @@ where
         }
         Err(fault) => refuse(&mut socket, fault).await,
     }
-    drop(socket.close().await);
+    drop(tokio::time::timeout(WRITE_TIMEOUT, socket.close()).await);
+}
+
+/// Send one frame; an empty one asks for a sign of life.
+async fn write<S: Sink<Vec<u8>> + Unpin>(socket: &mut S, frame: Vec<u8>) -> Result<(), ()> {
+    match tokio::time::timeout(WRITE_TIMEOUT, socket.send(frame)).await {
+        Ok(Ok(())) => Ok(()),
+        _ => Err(()),
+    }
 }
 
 fn closing() -> Fault {
@@ -97,7 +126,8 @@ fn closing() -> Fault {
 
 async fn refuse<S: Sink<Vec<u8>> + Unpin>(socket: &mut S, fault: Fault) {
     tracing::info!(code = ?fault.code, "refused: {}", fault.cause);
-    drop(socket.send(wire::encode(&ServerMessage::Refused(fault))).await);
+    // The peer may be gone already; the session ends either way.
+    let _ = write(socket, wire::encode(&ServerMessage::Refused(fault))).await;
 }
 
 fn out_of_order(cause: &str) -> Fault {
@@ -126,12 +156,13 @@ where
     let Ok(frame) = tokio::time::timeout(HANDSHAKE, socket.next()).await else {
         return Err(out_of_order("no Hello arrived in time"));
     };
-    let (hello, length) = match message(frame)? {
+    let (mut hello, length) = match message(frame)? {
         Some((ClientMessage::Hello(hello), length)) => (hello, length),
         Some(_) => return Err(out_of_order("the first message is not a Hello")),
         None => return Ok(None),
     };
     check(&hello)?;
+    hello.device.truncate(hello.device.floor_char_boundary(wire::MAX_DEVICE));
     let Some(federation) = shared.federations.get(&hello.federation).cloned() else {
         let known: Vec<&str> = shared.federations.keys().map(String::as_str).collect();
         return Err(Fault {
@@ -180,11 +211,11 @@ where
 
 fn check(hello: &Hello) -> Result<(), Fault> {
     let fault = |cause: String, remedy: &str| Err(Fault { code: FaultCode::Invalid, cause, remedy: remedy.into() });
-    for (what, text) in [("name", &hello.name), ("federation", &hello.federation), ("device", &hello.device)] {
-        if text.len() > wire::MAX_NAME * 2 {
+    for (what, text) in [("name", &hello.name), ("federation", &hello.federation)] {
+        if text.len() > wire::MAX_NAME {
             return fault(
-                format!("the {what} has {} bytes, at most {} are allowed", text.len(), wire::MAX_NAME * 2),
-                "shorten it",
+                format!("the {what} has {} bytes, at most {} are allowed", text.len(), wire::MAX_NAME),
+                "shorten it; letters beyond plain ASCII take 2 to 4 bytes",
             );
         }
     }
@@ -235,13 +266,15 @@ impl Session {
         }
     }
 
-    async fn serve<S>(&mut self, socket: &mut S, shared: &Shared) -> End
+    async fn serve<S>(&mut self, socket: &mut S, shared: &Shared, signs: SignsOfLife) -> End
     where
         S: Stream<Item = Result<Vec<u8>, SocketFault>> + Sink<Vec<u8>> + Unpin,
     {
-        let mut reports = tokio::time::interval(Duration::from_secs(1));
+        // An interval of 0 would panic.
+        let mut ticks = tokio::time::interval(TICK.min(signs.beat).max(Duration::from_millis(1)));
         // Peers that never give a sign of life (channels) are not watched for one.
         let (mut heard, mut spoke, mut asked, mut answers) = (Instant::now(), Instant::now(), Instant::now(), false);
+        let mut ticked = Instant::now();
         loop {
             let outgoing = tokio::select! {
                 frame = socket.next() => {
@@ -276,19 +309,25 @@ impl Session {
                     | Computed::Evaluated(id, Err(fault))
                     | Computed::Generated(id, Err(fault)) => ServerMessage::RequestRefused { id, fault },
                 }),
-                _ = reports.tick() => {
+                _ = ticks.tick() => {
                     self.report().await;
-                    if answers && heard.elapsed() > SILENCE {
+                    // Whoever was held up itself (a slow write, a busy machine) has not listened and gives nobody up.
+                    if ticked.elapsed() > signs.beat.saturating_mul(2) {
+                        heard = Instant::now();
+                    }
+                    ticked = Instant::now();
+                    if answers && heard.elapsed() > signs.silence {
+                        tracing::info!(participant = self.id.map(|id| id.0), "no sign of life, so it counts as away");
                         return End::Lost;
                     }
-                    if asked.elapsed().min(heard.elapsed()) > BEAT {
+                    if asked.elapsed().min(heard.elapsed()) > signs.beat {
                         asked = Instant::now();
-                        if socket.send(Vec::new()).await.is_err() {
+                        if write(socket, Vec::new()).await.is_err() {
                             return End::Lost;
                         }
                     }
                     // Browsers do not show their program the server's pings: something must be said.
-                    (spoke.elapsed() > BEAT).then(|| ServerMessage::Status(self.federation.status()))
+                    (spoke.elapsed() > signs.beat).then(|| ServerMessage::Status(self.federation.status()))
                 }
                 () = shared.shutdown.cancelled() => {
                     // The peer may be gone already; the session ends either way.
@@ -415,10 +454,7 @@ impl Session {
             }
             _ => self.traffic.control_down += bytes,
         }
-        match tokio::time::timeout(WRITE_TIMEOUT, socket.send(frame)).await {
-            Ok(Ok(())) => Ok(()),
-            _ => Err(()),
-        }
+        write(socket, frame).await
     }
 
     /// Hand the bytes counted so far to the federation.
@@ -448,5 +484,45 @@ async fn next(outbox: &mut Option<mpsc::Receiver<ServerMessage>>) -> Option<Serv
     match outbox {
         Some(outbox) => outbox.recv().await,
         None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fednano_shared::wire::{ClientKind, Purpose};
+
+    fn hello(name: &str, federation: &str) -> Hello {
+        Hello {
+            federation: federation.into(),
+            name: name.into(),
+            kind: ClientKind::Tab,
+            device: String::new(),
+            samples: 1,
+            edge_bytes: 0,
+            purpose: Purpose::Train,
+            resume: None,
+        }
+    }
+
+    #[test]
+    fn a_name_is_measured_in_bytes() {
+        let two_bytes = "\u{e9}";
+        assert!(check(&hello(&two_bytes.repeat(wire::MAX_NAME / 2), "f")).is_ok());
+        let fault = check(&hello(&two_bytes.repeat(wire::MAX_NAME / 2 + 1), "f")).unwrap_err();
+        assert_eq!(fault.code, FaultCode::Invalid);
+        assert!(fault.cause.contains("the name has 122 bytes, at most 120") && !fault.remedy.is_empty(), "{fault}");
+        assert!(check(&hello("a", &"f".repeat(wire::MAX_NAME + 1))).unwrap_err().cause.contains("the federation has"));
+        // What the page's input takes, in the widest letters, is not refused here.
+        let widest = "\u{6f22}".repeat(40);
+        assert_eq!(widest.encode_utf16().count(), 40);
+        assert!(check(&hello(&widest, "f")).is_ok());
+    }
+
+    #[test]
+    fn somebody_without_samples_only_asks() {
+        let nothing = Hello { samples: 0, ..hello("a", "f") };
+        assert!(check(&nothing).unwrap_err().cause.contains("without samples"));
+        assert!(check(&Hello { purpose: Purpose::Ask, ..nothing }).is_ok());
     }
 }

@@ -13,6 +13,7 @@
 //! | `aggregate` | merging: one validation, one file for each strategy |
 //! | `settings` | what the participants of a federation agree on |
 //! | `probe` | one fixed step with all its results, to compare devices and places |
+//! | `check` | a checkpoint against reference values of PyTorch: limits, rows, the client's half |
 //! | `plain` | blobs, adapters, boundary requests: plain data with its checks |
 //! | `config` | model settings, validated once |
 //! | `model` | CLIP, projector, Llama, adapters, checkpoints |
@@ -21,6 +22,7 @@
 pub mod aggregate;
 pub mod ask;
 pub mod bundle;
+pub mod check;
 pub mod client;
 pub mod config;
 pub mod data;

@@ -13,7 +13,7 @@ use crate::model::adapter::{DeviceError, NanoAdapters, read};
 use crate::model::llama::{KvCache, Llama};
 use crate::optimizer::AdapterOptimizer;
 use crate::plain::{AdapterState, BoundaryReply, BoundaryRequest, EvaluationReply, RequestError, TensorBlob};
-use burn::tensor::{Device, Int, Tensor, TensorData, activation};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData, activation};
 
 /// The place where `h` goes to the frozen LLM and `g` comes back: in-process, or over the wire.
 #[allow(async_fn_in_trait)] // futures need not be Send: a tab has one thread, native clients block on theirs
@@ -315,7 +315,13 @@ pub async fn evaluate<B: LlmBoundary>(
 
 // ---------------------------------------------------------------------------------------------- server
 
-/// The frozen LLM: no weight of it ever requires a gradient; only its input does.
+/// f16 has no number below 6e-8, and gradients on their way back to `h` are often smaller. So with f16 weights the backward pass
+/// begins at so many times the loss, and `g` is divided by it once it is f32 again: a power of two, which rounds nothing. Nothing is
+/// trained here that could adapt the factor; it leaves room for gradients up to 64, and what overflows is refused as not finite.
+const F16_LOSS_SCALE: f32 = 1024.0;
+
+/// The frozen LLM: no weight of it ever requires a gradient; only its input does. `h`, `g`, logits and loss are f32 whatever the type
+/// of the weights, in which its layers are computed.
 pub struct FrozenLlm {
     llm: Llama,
     device: Device,
@@ -344,6 +350,11 @@ impl FrozenLlm {
         request.check(self.dim, self.vocab, self.max_positions)
     }
 
+    /// Ids that a target may name: the width of the logits.
+    pub fn vocab(&self) -> usize {
+        self.vocab
+    }
+
     /// Several clients' batches in one forward and backward. Each loss is the mean over its own request's targets, so no
     /// request can see or move another's result; rows are given back where they came from.
     ///
@@ -355,13 +366,16 @@ impl FrozenLlm {
         let merged = Merged::new(requests, self.dim);
         let h: Tensor<3> = tensor(&merged.hidden, &self.device).require_grad(); // [B,S,D], the leaf
         let nll = self.nll(h.clone(), &merged).0; // [T]
-        let weights = TensorData::new(merged.weights.clone(), [merged.weights.len()]);
+        let scale = if self.llm.dtype() == DType::F16 { F16_LOSS_SCALE } else { 1.0 };
+        let weights: Vec<f32> = merged.weights.iter().map(|w| w * scale).collect();
+        let weights = TensorData::new(weights, [merged.weights.len()]);
         let loss = (nll.clone() * Tensor::from_data(weights, &self.device)).sum();
         let gradients = loss.backward();
         let Some(g) = h.grad(&gradients) else {
             return Err(DeviceError("the loss has no gradient at the boundary".into()));
         };
-        let (g, nll) = (read(g).await?, read(nll.inner()).await?);
+        let (mut g, nll) = (read(g).await?, read(nll.inner()).await?);
+        g.data.iter_mut().for_each(|v| *v /= scale);
         Ok(merged.split(requests, &g, &nll.data))
     }
 

@@ -11,8 +11,12 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 pub const VERSION: u16 = 4;
 /// Largest frame either side accepts, bytes: activations of a batch of 8 at LLaVA-1.5-7B's shape in f32.
 pub const MAX_FRAME: usize = 96 << 20;
-/// Longest name or federation id, bytes.
-pub const MAX_NAME: usize = 80;
+/// Longest name or federation id, bytes of UTF-8: 40 letters of any script. The page's input takes as many UTF-16 units
+/// (`maxlength="40"`), none of which needs more than 3 bytes.
+pub const MAX_NAME: usize = 120;
+/// Longest description of a device that is kept, bytes of UTF-8; a longer one is cut: drivers are talkative, and that is no
+/// fault of a participant's.
+pub const MAX_DEVICE: usize = 160;
 const MAGIC: [u8; 2] = *b"FN";
 
 /// Number of a participant within its federation.
@@ -382,6 +386,16 @@ pub enum WireError {
     /// Too large.
     #[error("a frame of {0} bytes is larger than the {MAX_FRAME} allowed; use a smaller batch")]
     TooLarge(usize),
+    /// The same of an own message, which is not sent.
+    #[error("{what} makes a frame of {bytes} bytes, {MAX_FRAME} are allowed; {remedy}")]
+    OwnTooLarge {
+        /// Kind of message.
+        what: &'static str,
+        /// Bytes that it would have.
+        bytes: usize,
+        /// What to do.
+        remedy: &'static str,
+    },
     /// No frame of this protocol.
     #[error("{0} bytes that are not a FedNano frame; is something else talking to this address?")]
     NotAFrame(usize),
@@ -403,6 +417,7 @@ impl WireError {
     pub fn fault(&self) -> Fault {
         let (code, remedy) = match self {
             Self::TooLarge(_) => (FaultCode::TooLarge, "use a smaller batch"),
+            Self::OwnTooLarge { remedy, .. } => (FaultCode::TooLarge, *remedy),
             Self::NotAFrame(_) | Self::Body(_) => {
                 (FaultCode::Malformed, "use a FedNano client of the server's version")
             }
@@ -418,6 +433,37 @@ pub fn encode<M: Serialize>(message: &M) -> Vec<u8> {
     frame.extend(VERSION.to_le_bytes());
     // Writing plain data into memory cannot fail: no map of unknown length, no custom serializer that errs.
     postcard::to_extend(message, frame).unwrap_or_default()
+}
+
+/// A client's message as one frame that a server takes.
+///
+/// # Errors
+/// [`WireError::OwnTooLarge`], before anything is sent: a server closes the connection over such a frame.
+pub fn encode_to_send(message: &ClientMessage) -> Result<Vec<u8>, WireError> {
+    let (what, remedy) = match message {
+        ClientMessage::Train { .. } | ClientMessage::Evaluate { .. } => ("this batch", "use a smaller batch_size"),
+        ClientMessage::Update(_) => ("this update", "use a smaller rank"),
+        _ => (SOME_MESSAGE, SHORTEN),
+    };
+    let frame = encode(message);
+    fitting(&frame, what, remedy)?;
+    Ok(frame)
+}
+
+/// The same check for a transport, which does not look into frames.
+///
+/// # Errors
+/// [`WireError::OwnTooLarge`].
+pub fn check_outgoing(frame: &[u8]) -> Result<(), WireError> {
+    fitting(frame, SOME_MESSAGE, SHORTEN)
+}
+
+const SOME_MESSAGE: &str = "this message";
+const SHORTEN: &str = "send less at once";
+
+fn fitting(frame: &[u8], what: &'static str, remedy: &'static str) -> Result<(), WireError> {
+    let bytes = frame.len();
+    if bytes > MAX_FRAME { Err(WireError::OwnTooLarge { what, bytes, remedy }) } else { Ok(()) }
 }
 
 /// The message of a frame.
@@ -507,6 +553,32 @@ mod tests {
         assert!(matches!(decode::<ClientMessage>(&good[..good.len() - 1]), Err(WireError::Body(_))));
         let long = [good, vec![0]].concat();
         assert!(decode::<ClientMessage>(&long).unwrap_err().to_string().contains("1 bytes too many"));
+    }
+
+    #[test]
+    fn a_frame_that_is_too_large_is_not_sent() {
+        // Frame head, variant, id, round, shape, byte length, one length, no targets.
+        let head = 4 + 1 + 1 + 1 + (1 + 1 + 1 + 4) + 4 + (1 + 1) + 1;
+        let batch = |values: usize| ClientMessage::Train {
+            id: 7,
+            round: 2,
+            request: BoundaryRequest {
+                hidden: TensorBlob::zeros(&[1, 1, values]),
+                lengths: vec![1],
+                targets: Vec::new(),
+            },
+        };
+        let most = (MAX_FRAME - head) / 4;
+        let frame = encode_to_send(&batch(most)).unwrap();
+        assert!(frame.len() <= MAX_FRAME && frame.len() + 4 > MAX_FRAME, "{}", frame.len());
+        let error = encode_to_send(&batch(most + 1)).unwrap_err();
+        let words = error.to_string();
+        assert!(words.starts_with("this batch makes a frame of 10066"), "{words}");
+        assert!(words.contains("100663296 are allowed; use a smaller batch_size"), "{words}");
+        assert_eq!(error.fault().code, FaultCode::TooLarge);
+        assert!(check_outgoing(&frame).is_ok());
+        let words = check_outgoing(&vec![0u8; MAX_FRAME + 1]).unwrap_err().to_string();
+        assert!(words.contains("makes a frame of 100663297 bytes, 100663296 are allowed"), "{words}");
     }
 
     #[test]

@@ -83,6 +83,16 @@ impl Browser {
         }
     }
 
+    /// What probe.html computes at this address, as JSON.
+    pub(crate) async fn result(&self, address: &str) -> anyhow::Result<String> {
+        self.client.goto(address).await?;
+        let ended = "const s = document.body.dataset.state; return s === 'done' || s === 'error' ? s : null";
+        let state = self.wait("a result", ended).await?;
+        let text = self.client.find(Locator::Css("#result")).await?.text().await?;
+        anyhow::ensure!(state == "done", "{address} failed: {text}");
+        Ok(text)
+    }
+
     pub(crate) async fn close(mut self) -> anyhow::Result<()> {
         self.client.clone().close().await?;
         self.driver.kill()?;
@@ -107,15 +117,7 @@ async fn probe(device: &str, flags: &[&str]) -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
     let server = Server::start(FederationSettings::default(), folder.path()).await?;
     let browser = Browser::open(flags).await?;
-    browser.client.goto(&format!("{}/probe.html?federation=test&device={device}", server.base)).await?;
-    let state = browser
-        .wait(
-            "the probe's result",
-            "const s = document.body.dataset.state; return s === 'done' || s === 'error' ? s : null",
-        )
-        .await?;
-    let text = browser.client.find(Locator::Css("#result")).await?.text().await?;
-    anyhow::ensure!(state == "done", "the probe failed: {text}");
+    let text = browser.result(&format!("{}/probe.html?federation=test&device={device}", server.base)).await?;
     let got: ProbeResult = serde_json::from_str(&text)?;
     crate::devices::compare(&got, &crate::devices::native().await?)?;
     browser.close().await?;

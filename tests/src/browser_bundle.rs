@@ -120,14 +120,8 @@ pub fn too_little_room() -> anyhow::Result<()> {
                 "judgeStorage({missing: 1e9, quota: 9e9, usage: 0, claimed: 7e8, edgeDtype: 'f32'})",
                 ["1.05 GB", "700000000"],
             ),
-            (
-                "judgeMemory({resident: 5e9, largest: 1e8, deviceMemory: 8, edgeDtype: 'f32'})",
-                ["5100000000", "4294967296"],
-            ),
-            (
-                "judgeMemory({resident: 2e9, largest: 1e8, deviceMemory: 2, edgeDtype: 'f32'})",
-                ["2100000000", "1610612736"],
-            ),
+            ("judgeMemory({needed: 5e9, deviceMemory: 8, edgeDtype: 'f32'})", ["5000000000", "4294967296"]),
+            ("judgeMemory({needed: 2e9, deviceMemory: 2, edgeDtype: 'f32'})", ["2000000000", "1610612736"]),
         ] {
             let said = judged(&browser, call).await?;
             anyhow::ensure!(words.iter().all(|w| said.contains(w)), "{words:?} are not in: {said}");
@@ -137,8 +131,8 @@ pub fn too_little_room() -> anyhow::Result<()> {
             "judgeStorage({missing: 1e9, quota: 2e9, usage: 1e8, edgeDtype: 'f16'})",
             "judgeStorage({missing: 1e9, edgeDtype: 'f16'})",
             "judgeStorage({missing: 0, quota: 5, usage: 5, edgeDtype: 'f16'})",
-            "judgeMemory({resident: 1e9, largest: 1e8, deviceMemory: 2, edgeDtype: 'f16'})",
-            "judgeMemory({resident: 1e9, largest: 1e8, edgeDtype: 'f16'})",
+            "judgeMemory({needed: 1610612736, deviceMemory: 2, edgeDtype: 'f16'})",
+            "judgeMemory({needed: 1e9, edgeDtype: 'f16'})",
         ] {
             let said = judged(&browser, call).await?;
             anyhow::ensure!(!said.contains("too little") && said.contains(':'), "{call} says: {said}");

@@ -114,8 +114,12 @@ impl Hub {
         let mut state = self.state();
         let part = "model-00001-of-00001.safetensors";
         let weights = state.files.remove(WEIGHTS).unwrap_or_default();
+        let names = safetensors::SafeTensors::deserialize(&weights)
+            .map(|f| f.names().into_iter().map(str::to_owned).collect::<Vec<_>>())
+            .unwrap_or_default();
+        let map: serde_json::Map<String, serde_json::Value> = names.into_iter().map(|n| (n, part.into())).collect();
+        let index = serde_json::json!({ "metadata": {}, "weight_map": map });
         state.files.insert(part.into(), weights);
-        let index = serde_json::json!({ "metadata": {}, "weight_map": { "a.weight": part, "b.weight": part } });
         state.files.insert("model.safetensors.index.json".into(), index.to_string().into_bytes());
     }
 }

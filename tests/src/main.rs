@@ -2,8 +2,10 @@
 
 mod adapters;
 mod architecture;
+mod asking;
 mod browser;
 mod browser_bundle;
+mod browser_check;
 mod bundles;
 mod churn;
 mod devices;
@@ -13,6 +15,8 @@ mod fetching;
 mod gradients;
 mod kill;
 mod learning;
+mod life;
+mod limits;
 mod page;
 mod parity;
 mod rounds;
@@ -37,10 +41,17 @@ const INDEX: &[(&str, &[Needs], Test)] = &[
     ("parity::a_wrong_rms_epsilon_fails", &[Nothing], parity::wrong_rms_epsilon),
     ("parity::a_wrong_layer_norm_epsilon_fails", &[Nothing], parity::wrong_layer_norm_epsilon),
     ("parity::a_kept_class_token_fails", &[Nothing], parity::class_token_kept),
+    // The client's half of the same checkpoints, in headless Chromium.
+    ("browser::wasm_flex_equals_the_reference", &[Chromium], browser_check::wasm_flex),
+    ("browser::webgpu_equals_the_reference", &[Chromium], browser_check::webgpu),
+    ("browser::a_planted_mistake_fails_in_the_tab", &[Chromium], browser_check::planted_mistakes),
     // Files of a checkpoint.
     ("parity::shards_load_and_a_missing_one_is_named", &[Nothing], parity::shards),
     ("parity::unexpected_tensors_are_named", &[Nothing], parity::unexpected_tensors),
     ("parity::unknown_architectures_are_named", &[Nothing], parity::unknown_architecture),
+    // The decoder in f16 and bf16.
+    ("parity::f16_and_bf16_are_near_f32_and_not_f32", &[Nothing], parity::half_types),
+    ("parity::a_type_that_the_device_lacks_is_refused", &[Vulkan], parity::lacking_type),
     // Models from the hub, which a local server imitates.
     ("fetching::the_needed_files_whole_and_in_the_cache", &[Nothing], fetching::whole),
     ("fetching::a_second_time_downloads_nothing", &[Nothing], fetching::second_time),
@@ -122,6 +133,22 @@ const INDEX: &[(&str, &[Needs], Test)] = &[
     ("faults::a_port_in_use", &[Nothing], faults::port_in_use),
     ("faults::the_page_names_what_is_wrong", &[NanoLlava, Chromium], browser::page_errors),
     ("faults::the_page_survives_a_server_restart", &[NanoLlava, Chromium], browser::server_restart),
+    // Questions from a terminal.
+    ("asking::an_answer_comes_token_by_token", &[NanoLlava], asking::streamed),
+    ("asking::adapters_from_a_file_are_used", &[NanoLlava], asking::with_adapters),
+    ("asking::the_whole_model_on_this_machine", &[NanoLlava], asking::without_a_server),
+    ("asking::what_is_wrong_is_named", &[NanoLlava], asking::faults),
+    ("asking::an_interrupted_question_takes_nothing_along", &[NanoLlava], asking::interrupted),
+    // Who is still there.
+    ("life::a_peer_that_goes_silent_counts_as_away", &[NanoLlava], life::silent),
+    ("life::a_quiet_peer_that_answers_stays", &[NanoLlava], life::quiet),
+    ("life::a_channel_is_not_watched", &[NanoLlava], life::unwatched),
+    ("life::a_silent_server_is_given_up", &[Nothing], life::silent_server),
+    // Limits.
+    ("limits::split_requests_equal_whole_ones", &[Nothing], limits::split_equals_whole),
+    ("limits::a_row_that_is_too_large_is_refused", &[Nothing], limits::too_large_a_row),
+    ("limits::names_are_measured_in_bytes", &[NanoLlava], limits::names),
+    ("limits::an_own_frame_that_is_too_large_is_not_sent", &[NanoLlava], limits::own_frame),
     // The layout of the code.
     ("architecture::imports_go_downward", &[Nothing], architecture::imports),
     ("architecture::files_stay_short", &[Nothing], architecture::file_lengths),

@@ -2,15 +2,18 @@
 //! `tests/fixtures/make_fixture.py`; then the same with planted mistakes, which must not pass.
 
 use anyhow::{Context, ensure};
-use burn::tensor::Device;
+use burn::tensor::{DType, Device};
 use fednano_server::check::report::{Report, Verdict};
 use fednano_server::check::{compare, finite};
-use fednano_server::device::DeviceChoice;
+use fednano_server::device::{ComputeDtype, DeviceChoice};
+use fednano_shared::check::reference::{Inputs, Reference};
 use fednano_shared::config::{Activation, FeatureSelect};
 use fednano_shared::edge::NanoEdge;
 use fednano_shared::model::checkpoint::{Weights, canonical, load_llm};
 use fednano_shared::model::files::ModelFiles;
-use fednano_tests::{fixture, repository};
+use fednano_shared::plain::{BoundaryReply, TensorBlob};
+use fednano_shared::step::{FrozenLlm, InProcess, LlmBoundary};
+use fednano_tests::{LIMIT, block, deviation, fixture, repository};
 use safetensors::{Dtype, SafeTensors, serialize, tensor::TensorView};
 use std::path::{Path, PathBuf};
 
@@ -300,6 +303,17 @@ pub fn shards() -> anyhow::Result<()> {
     ensure!(files.weights.names().count() == tensors.len(), "not all shards are read");
     against_reference(&files, &fixture(), &Device::flex())?.result()?;
 
+    // A file that lacks what the index says is in it, and a tensor that no file has.
+    let misplaced = [(tensors[0].name.as_str(), names[1]), ("language_model.model.nowhere", names[2])];
+    let mut wrong = map.clone();
+    wrong.extend(misplaced.iter().map(|(tensor, file)| ((*tensor).to_owned(), serde_json::json!(file))));
+    std::fs::write(&path, index(wrong).to_string())?;
+    let words = load(folder.path()).err().context("an index was believed that names what is not there")?;
+    for (tensor, file) in misplaced {
+        let said = |line: &str| line.contains(&canonical(tensor)) && line.contains("missing") && line.contains(file);
+        ensure!(words.lines().any(said), "{tensor} in {file} is not in: {words}");
+    }
+
     std::fs::remove_file(folder.path().join(names[1]))?;
     let words = load(folder.path()).err().context("a shard is missing and it loads")?;
     ensure!(words.contains(names[1]), "{words}");
@@ -311,18 +325,53 @@ pub fn shards() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What published files carry beside is accepted; anything else that is wrong, in any part, is in one list.
 pub fn unexpected_tensors() -> anyhow::Result<()> {
     let folder = small_files()?;
+    let path = folder.path().join("model.safetensors");
     let mut tensors = tensors_of(&fixture().join("model.safetensors"))?;
-    let extra =
-        ["language_model.model.layers.0.self_attn.q_proj.bias", "language_model.model.layers.9.mlp.up_proj.weight"];
-    for name in extra {
-        tensors.push(Stored { name: name.into(), dtype: Dtype::F32, shape: vec![2], bytes: vec![0; 8] });
+    let zeros = |name: &str, dtype: Dtype, bytes: usize| Stored {
+        name: name.into(),
+        dtype,
+        shape: vec![2],
+        bytes: vec![0; 2 * bytes],
+    };
+    tensors.push(zeros("language_model.model.layers.0.self_attn.rotary_emb.inv_freq", Dtype::F32, 4));
+    tensors.push(zeros("vision_tower.vision_model.embeddings.position_ids", Dtype::I64, 8));
+    std::fs::write(&path, file_of(&tensors)?)?;
+    std::fs::write(folder.path().join("adapter.safetensors"), "not among the weights")?;
+    load(folder.path()).map_err(anyhow::Error::msg)?;
+
+    let unexpected = [
+        "language_model.model.layers.0.self_attn.q_proj.bias",
+        "language_model.model.layers.9.mlp.up_proj.weight",
+        "vision_tower.vision_model.encoder.layers.0.self_attn.q_norm.weight",
+        "vision_tower.vision_model.encoder.layers.99.layer_norm1.bias",
+        "multi_modal_projector.linear_3.weight",
+        "image_newline",
+    ];
+    tensors.extend(unexpected.iter().map(|name| zeros(name, Dtype::F32, 4)));
+    let (missing, misshapen, unread, twice) = (
+        "multi_modal_projector.linear_2.bias",
+        "vision_tower.vision_model.pre_layrnorm.bias",
+        "language_model.model.norm.weight",
+        "language_model.model.embed_tokens.weight",
+    );
+    tensors.retain(|t| t.name != missing);
+    for t in &mut tensors {
+        if t.name == misshapen {
+            t.shape.insert(0, 1);
+        } else if t.name == unread {
+            t.dtype = Dtype::I32; // as wide as f32
+        }
     }
-    std::fs::write(folder.path().join("model.safetensors"), file_of(&tensors)?)?;
+    tensors.push(zeros("model.language_model.embed_tokens.weight", Dtype::F32, 4));
+    std::fs::write(&path, file_of(&tensors)?)?;
     let words = load(folder.path()).err().context("tensors that config.json does not describe were ignored")?;
-    for name in extra {
-        ensure!(words.contains(&canonical(name)), "{name} is not in: {words}");
+    let expected = [(missing, "missing"), (misshapen, "expected"), (unread, "I32"), (twice, "twice")];
+    for (name, fault) in unexpected.map(|name| (name, "not part of the model")).into_iter().chain(expected) {
+        let said = |line: &str| line.contains(&canonical(name)) && line.contains(fault);
+        ensure!(words.lines().any(said), "{name}: {fault} is not in: {words}");
     }
     Ok(())
 }
@@ -340,5 +389,70 @@ pub fn unknown_architecture() -> anyhow::Result<()> {
         let words = load(folder.path()).err().with_context(|| format!("{to} was loaded"))?;
         ensure!(words.contains(to.trim_matches('"')) && words.contains("supported"), "{words}");
     }
+    Ok(())
+}
+
+// ------------------------------------------------------------------------------------ the decoder in two bytes a weight
+
+/// A type, and how far from f32 it may be: loss of a row, gradient at the boundary, logits behind a cache. Each limit is about three
+/// times what an independent calculation with rounding after every operation gave for tiny-llava, the farthest off.
+const HALVES: [(DType, f64, f64, f64); 2] = [(DType::F16, 2e-3, 0.1, 0.03), (DType::BF16, 1e-2, 0.4, 0.15)];
+
+/// Loss and gradient of the reference's own batch, and the logits behind its first row, most of which comes from a cache.
+async fn decoder_in(dtype: DType, files: &ModelFiles, inputs: &Inputs) -> anyhow::Result<(BoundaryReply, Vec<f32>)> {
+    let device = Device::flex().autodiff();
+    let llm = load_llm(&files.config, &files.weights, (&device, dtype))?;
+    ensure!(llm.dtype() == dtype, "loaded in {:?}", llm.dtype());
+    let llm = FrozenLlm::new(llm, &files.config.text, &device);
+    let reply = InProcess(&llm).train(inputs.request(inputs.embeds.clone())).await?;
+    let (length, dim) = (inputs.lengths[0], inputs.dim);
+    let part = |from: usize, to: usize| TensorBlob {
+        shape: vec![1, to - from, dim],
+        data: inputs.embeds.data[from * dim..to * dim].to_vec(),
+    };
+    let mut cache = llm.new_cache();
+    llm.next_logits(&mut cache, &part(0, length - 2)).await?;
+    llm.next_logits(&mut cache, &part(length - 2, length - 1)).await?;
+    Ok((reply, llm.next_logits(&mut cache, &part(length - 1, length)).await?))
+}
+
+/// Near f32, and not f32.
+fn off_by(what: &str, got: &[f32], want: &[f32], limit: f64) -> anyhow::Result<()> {
+    let off = deviation(got, want);
+    println!("{what}: {off:.1e}, limit {limit:.1e}");
+    ensure!(off > 0.0, "{what} is what f32 gives, so it was not computed in that type");
+    ensure!(off <= limit, "{what} is {off:.2e} off, the limit is {limit:.1e}");
+    Ok(())
+}
+
+pub fn half_types() -> anyhow::Result<()> {
+    block(LIMIT, async {
+        // Grouped heads and a tied head as well.
+        for dir in [fixture(), variant("gqa"), variant("tied")] {
+            let files = ModelFiles::open(&dir)?;
+            let reference = Reference::parse(&std::fs::read(dir.join("expected.safetensors"))?)?;
+            let inputs = Inputs::of(&reference, &files.config)?;
+            let (want, want_logits) = decoder_in(DType::F32, &files, &inputs).await?;
+            for (dtype, loss, gradient, logits) in HALVES {
+                let (got, got_logits) = decoder_in(dtype, &files, &inputs).await?;
+                let what = |part: &str| format!("{} {} {part}", dir.display(), dtype.name());
+                off_by(&what("loss"), &got.row_loss, &want.row_loss, loss)?;
+                off_by(&what("gradient"), &got.gradient.data, &want.gradient.data, gradient)?;
+                off_by(&what("logits"), &got_logits, &want_logits, logits)?;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// WGSL has no bf16.
+pub fn lacking_type() -> anyhow::Result<()> {
+    let (device, name) = DeviceChoice::Wgpu.open()?;
+    let stored_so = variant("bf16");
+    let chosen = ComputeDtype::Bf16.choose(&stored_so, &device, &name);
+    let words = chosen.err().with_context(|| format!("{name} computes in bf16"))?.to_string();
+    ensure!(words.contains(&name) && words.contains("in bf16") && words.contains("--dtype auto or f32"), "{words}");
+    // Nobody asked for it, so nothing is refused.
+    ensure!(ComputeDtype::Auto.choose(&stored_so, &device, &name)? == DType::F32);
     Ok(())
 }

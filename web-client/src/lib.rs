@@ -8,7 +8,10 @@
 //! | `import` | files of a person to samples |
 //! | `gpu` | opening a device, measuring its speed |
 //! | `events` | what happens, as JSON |
+//! | `check` | a checkpoint against PyTorch's reference values, on the tab's device |
 
+#[cfg(target_arch = "wasm32")]
+mod check;
 #[cfg(target_arch = "wasm32")]
 mod events;
 #[cfg(target_arch = "wasm32")]
@@ -23,8 +26,9 @@ mod socket;
 /// The exports. Structured values cross as JSON text, errors as `Error` with "cause; remedy".
 #[cfg(target_arch = "wasm32")]
 pub mod tab {
-    use crate::import;
     use crate::session::{Loading, Session};
+    use crate::{check, import};
+    use fednano_shared::data::picture::Picture;
     use std::collections::BTreeMap;
     use std::fmt::Display;
     use std::rc::Rc;
@@ -43,12 +47,7 @@ pub mod tab {
         /// Begin: the manifest's text, `files` maps the names of its small files to `Uint8Array`, `device` is "cpu" or "webgpu".
         pub async fn open(manifest: String, files: js_sys::Object, device: String) -> Result<EdgeLoader, JsValue> {
             console_error_panic_hook::set_once();
-            let mut contents = BTreeMap::new();
-            for key in js_sys::Object::keys(&files).iter() {
-                let bytes = js_sys::Uint8Array::new(&js_sys::Reflect::get(&files, &key)?).to_vec();
-                contents.insert(key.as_string().unwrap_or_default(), bytes);
-            }
-            let loading = Loading::open(&manifest, &contents, &device).await.map_err(to_js)?;
+            let loading = Loading::open(&manifest, &contents(&files)?, &device).await.map_err(to_js)?;
             Ok(Self { loading })
         }
 
@@ -186,6 +185,38 @@ pub mod tab {
         pub async fn probe(&self, url: String, federation: String) -> Result<String, JsValue> {
             self.session.probe(url, federation).await.map_err(to_js)
         }
+    }
+
+    /// Compare the client's half of a checkpoint with PyTorch's reference values; the report comes back as JSON. `files` maps the
+    /// names of the checkpoint's files, of `expected.safetensors` and `meta.json` to `Uint8Array`; `pictures` are
+    /// `{width, height, rgba}` in the reference's order, `device` is "cpu" or "webgpu".
+    #[wasm_bindgen(js_name = checkReference)]
+    pub async fn check_reference(
+        files: js_sys::Object,
+        pictures: js_sys::Array,
+        device: String,
+    ) -> Result<String, JsValue> {
+        console_error_panic_hook::set_once();
+        let pictures = pictures.iter().map(|p| picture(&p)).collect::<Result<Vec<_>, _>>()?;
+        check::run(contents(&files)?, pictures, &device).await.map_err(to_js)
+    }
+
+    /// An object of `Uint8Array` by name.
+    fn contents(files: &js_sys::Object) -> Result<BTreeMap<String, Vec<u8>>, JsValue> {
+        let mut contents = BTreeMap::new();
+        for key in js_sys::Object::keys(files).iter() {
+            let bytes = js_sys::Uint8Array::new(&js_sys::Reflect::get(files, &key)?).to_vec();
+            contents.insert(key.as_string().unwrap_or_default(), bytes);
+        }
+        Ok(contents)
+    }
+
+    /// `{width, height, rgba}`
+    fn picture(value: &JsValue) -> Result<Picture, JsValue> {
+        let get = |key: &str| js_sys::Reflect::get(value, &JsValue::from_str(key));
+        let edge = |value: JsValue| value.as_f64().unwrap_or_default() as usize;
+        let rgba = js_sys::Uint8Array::new(&get("rgba")?).to_vec();
+        import::from_rgba(edge(get("width")?), edge(get("height")?), &rgba).map_err(to_js)
     }
 
     /// Hands each state of an answer to `on_text(which, text)`; false stops the answer.

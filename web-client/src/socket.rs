@@ -2,6 +2,7 @@
 
 use crate::tab::timer;
 use fednano_shared::client::{Clock, Connector, Transport, TransportError};
+use fednano_shared::wire::check_outgoing;
 use futures_channel::mpsc;
 use futures_util::task::AtomicWaker;
 use futures_util::{FutureExt, StreamExt};
@@ -154,6 +155,8 @@ impl Transport for Socket {
         if self.socket.ready_state() != WebSocket::OPEN {
             return Err(TransportError::Lost("the connection is closed".to_owned()));
         }
+        // The server would close the connection, which says less.
+        check_outgoing(&frame).map_err(|e| TransportError::Lost(e.to_string()))?;
         self.socket
             .send_with_u8_array(&frame)
             .map_err(|_| TransportError::Lost("the browser refused to send".to_owned()))

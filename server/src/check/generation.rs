@@ -1,18 +1,17 @@
 //! Greedy decoding with the cache of keys and values, and without it.
 
 use super::llm::Decoder;
-use super::table::{Part, Table};
-use super::tensor;
 use burn::tensor::Device;
-use fednano_shared::bundle::table::TokenTable;
-use fednano_shared::edge::Batch;
+use fednano_shared::check::table::{Part, Table};
+use fednano_shared::check::tensor;
+use fednano_shared::edge::NanoEdge;
 use fednano_shared::model::adapter::{NanoAdapters, read};
 use fednano_shared::plain::TensorBlob;
 use fednano_shared::step;
 
-/// What embeds a chosen token: the client's token table and, if there are any, its adapters.
+/// What embeds a chosen token: the client's half and, if there are any, its adapters.
 pub(super) struct Embedder<'a> {
-    pub(super) table: &'a TokenTable,
+    pub(super) edge: &'a NanoEdge,
     pub(super) adapters: Option<&'a NanoAdapters>,
     /// Without autodiff.
     pub(super) device: &'a Device,
@@ -21,10 +20,7 @@ pub(super) struct Embedder<'a> {
 impl Embedder<'_> {
     /// `D` values; a generated token is text, never image.
     async fn embed(&self, token: usize) -> anyhow::Result<Vec<f32>> {
-        let mut x = TensorBlob::zeros(&[1, 1, self.table.cols()]);
-        self.table.row_into(token, &mut x.data);
-        let image_mask = TensorBlob::zeros(&[1, 1, 1]);
-        let batch = Batch { x, image_mask, lengths: vec![1], targets: Vec::new() };
+        let batch = self.edge.assemble_token(token as u32);
         Ok(step::adapted(self.adapters, &batch, self.device).await?.data)
     }
 }

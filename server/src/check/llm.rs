@@ -1,15 +1,16 @@
-//! The server's half and the adapters: decoder, loss, gradients, Fisher. Everything starts from the reference's embeddings, so that
-//! a fault of the client's half does not show here.
+//! The server's half: decoder, loss, gradients, also under the adapters. Everything starts from the reference's embeddings, so
+//! that a fault of the client's half does not show here.
 
-use super::table::{Part, Table};
-use super::tensor;
-use burn::tensor::Device;
+use burn::tensor::{Device, TensorCreationOptions};
+use fednano_shared::check::adapters;
+use fednano_shared::check::table::{Part, Table};
+use fednano_shared::check::tensor;
 use fednano_shared::model::adapter::{NanoAdapters, read};
 use fednano_shared::model::checkpoint::load_llm;
 use fednano_shared::model::files::ModelFiles;
 use fednano_shared::model::llama::Llama;
 use fednano_shared::plain::{AdapterState, BoundaryReply, TensorBlob};
-use fednano_shared::step::{self, FrozenLlm, InProcess, LlmBoundary};
+use fednano_shared::step::{FrozenLlm, InProcess, LlmBoundary};
 
 /// The decoder twice: as its layers, and as the server holds it. The weights are shared.
 pub(super) struct Decoder {
@@ -20,9 +21,9 @@ pub(super) struct Decoder {
 }
 
 impl Decoder {
-    pub(super) fn load(files: &ModelFiles, device: &Device) -> anyhow::Result<Self> {
-        let device = device.clone().autodiff();
-        let llm = load_llm(&files.config, &files.weights, &device)?;
+    pub(super) fn load(files: &ModelFiles, place: &TensorCreationOptions) -> anyhow::Result<Self> {
+        let device = place.device.clone().autodiff();
+        let llm = load_llm(&files.config, &files.weights, place.clone().with_device(device.clone()))?;
         let frozen = FrozenLlm::new(llm.clone(), &files.config.text, &device);
         Ok(Self { llm, frozen, device })
     }
@@ -79,39 +80,14 @@ pub(super) async fn adapters(
     state: &AdapterState,
     device: &Device,
 ) -> anyhow::Result<TensorBlob> {
-    let batch = table.inputs.batch();
-    let adapters = NanoAdapters::from_state(state, &decoder.device);
-    let hidden = step::adapted(Some(&adapters), &batch, device).await?;
-    table.add("adapter.inputs_embeds", &hidden, Part::Real);
+    let module = NanoAdapters::from_state(state, &decoder.device);
+    let hidden = adapters::forward(table, &module, device).await?;
     let (_, _, logits) = decoder.forward(&hidden).await?;
     table.add("adapter.logits", &logits, Part::Real);
 
-    let mut boundary = InProcess(&decoder.frozen);
-    let (reply, gradients) = step::gradients(&adapters, &batch, &mut boundary, device).await?;
+    let reply = InProcess(&decoder.frozen).train(table.inputs.request(hidden.clone())).await?;
     losses(table, "adapter.", &reply);
     table.add_gradient("adapter.grad.inputs_embeds", &reply.gradient);
-    for (name, gradient) in &gradients.0 {
-        table.add(&format!("adapter.grad.{name}"), gradient, Part::All);
-    }
-
-    // The reply's loss is a mean over the batch's targets; a sample's own loss is one over its own.
-    let mut g = reply.gradient;
-    for (row, values) in g.data.chunks_exact_mut(table.inputs.seq * table.inputs.dim).enumerate() {
-        let own = batch.targets.iter().filter(|t| t.row as usize == row).count().max(1);
-        let scale = batch.targets.len() as f32 / own as f32;
-        values.iter_mut().for_each(|v| *v *= scale);
-    }
-    let (x, mask) = (tensor(&batch.x, device), tensor(&batch.image_mask, device));
-    let each = adapters.per_sample_gradients(x, tensor(&g, device), mask);
-    for (name, gradient) in each {
-        table.add(&format!("adapter.per_sample_grad.{name}"), &read(gradient).await?, Part::All);
-    }
-
-    let mut fisher = state.zeros_like();
-    step::fisher_batch(&adapters, &batch, &mut boundary, device, &mut fisher).await?;
-    for (name, sum) in &mut fisher.0 {
-        sum.data.iter_mut().for_each(|v| *v /= table.inputs.rows as f32);
-        table.add(&format!("adapter.fisher.{name}"), sum, Part::All);
-    }
+    adapters::backward(table, &module, &reply, device).await?;
     Ok(hidden)
 }

@@ -1,7 +1,7 @@
 //! `fednano ask`: a question about a picture, answered token by token.
 
 use crate::datasets::read_picture;
-use crate::device::DeviceChoice;
+use crate::device::{ComputeDtype, DeviceChoice};
 use crate::edge_download::fetch_edge;
 use crate::fetch::resolve_model;
 use crate::native::{Invite, SocketConnector};
@@ -9,6 +9,7 @@ use crate::store::AdapterFile;
 use burn::tensor::Device;
 use fednano_shared::ask::Asking;
 use fednano_shared::client::Connector;
+use fednano_shared::data::picture::Picture;
 use fednano_shared::edge::NanoEdge;
 use fednano_shared::generate::{AnswerOptions, InProcessTokens, Sampling, TokenSource, answer};
 use fednano_shared::model::adapter::NanoAdapters;
@@ -40,6 +41,9 @@ pub struct Args {
     /// Where to compute.
     #[arg(long, value_enum, default_value = "cpu")]
     device: DeviceChoice,
+    /// Type of the LLM's weights and of what is computed with them, with --model.
+    #[arg(long, value_enum, default_value = "auto")]
+    dtype: ComputeDtype,
     /// Tokens at most.
     #[arg(long, default_value_t = 128)]
     max_tokens: usize,
@@ -54,18 +58,37 @@ pub struct Args {
     seed: u64,
 }
 
+impl Args {
+    fn sampling(&self) -> Sampling {
+        Sampling { temperature: self.temperature, top_p: self.top_p, seed: self.seed }
+    }
+}
+
 /// Run it.
 ///
 /// # Errors
 /// A picture, model, adapter or server that cannot be used.
 pub async fn main(args: &Args) -> anyhow::Result<()> {
-    let sampling = Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed };
-    sampling.check().map_err(anyhow::Error::msg)?;
-    let (device, _) = args.device.open()?;
+    run(args, None, &mut std::io::stdout()).await
+}
+
+/// The same with the answer written to `out`; downloads are kept in `cache_dir` (none: the user's cache).
+///
+/// # Errors
+/// As [`main`].
+pub async fn run<W: Write>(args: &Args, cache_dir: Option<PathBuf>, out: &mut W) -> anyhow::Result<()> {
+    args.sampling().check().map_err(anyhow::Error::msg)?;
+    let path = args.picture.display();
+    let picture = read_picture(&args.picture).map_err(|cause| {
+        anyhow::anyhow!(
+            "{path} cannot be used as a picture: {cause}; name a PNG, JPEG, WebP, BMP or GIF with --picture"
+        )
+    })?;
+    let (device, device_name) = args.device.open()?;
     if let Some(link) = &args.url {
         let invite = Invite::parse(link)?;
         let (at, place) = (invite.clone(), device.clone());
-        let (edge, edge_bytes) = tokio::task::spawn_blocking(move || fetch_edge(&at, &place, None)).await??;
+        let (edge, edge_bytes) = tokio::task::spawn_blocking(move || fetch_edge(&at, &place, cache_dir)).await??;
         let hello = Hello {
             federation: invite.federation,
             name: "a question".into(),
@@ -78,41 +101,43 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
         };
         let socket = SocketConnector::new(invite.socket, CancellationToken::new()).connect().await?;
         let mut source = Asking::open(socket, hello).await?;
-        return say(args, &edge, &mut source, sampling, &device).await;
+        return say(args, &picture, &edge, &mut source, &device, out).await;
     }
     let Some(model) = &args.model else { anyhow::bail!("give --url LINK or --model DIR") };
-    let files = ModelFiles::open(&resolve_model(model)?)?;
+    let model = resolve_model(model)?;
+    let dtype = args.dtype.choose(&model, &device, &device_name)?;
+    let files = ModelFiles::open(&model)?;
     let edge = NanoEdge::load(&files, &device)?;
     let autodiff = device.clone().autodiff();
-    let llm = FrozenLlm::new(load_llm(&files.config, &files.weights, &autodiff)?, &files.config.text, &autodiff);
+    let llm = load_llm(&files.config, &files.weights, (&autodiff, dtype))?;
+    let llm = FrozenLlm::new(llm, &files.config.text, &autodiff);
     drop(files);
-    say(args, &edge, &mut InProcessTokens::new(&llm), sampling, &device).await
+    say(args, &picture, &edge, &mut InProcessTokens::new(&llm), &device, out).await
 }
 
 /// Print the answer as it grows.
-async fn say<S: TokenSource>(
+async fn say<S: TokenSource, W: Write>(
     args: &Args,
+    picture: &Picture,
     edge: &NanoEdge,
     source: &mut S,
-    sampling: Sampling,
     device: &Device,
+    out: &mut W,
 ) -> anyhow::Result<()> {
-    let picture = read_picture(&args.picture).map_err(anyhow::Error::msg)?;
-    let features = edge.image_features(&[&picture]).await?.concat();
+    let features = edge.image_features(&[picture]).await?.concat();
     let prompt = edge.text.encode(&args.question, None)?;
     let adapters = args.adapter.as_deref().map(|path| open_adapter(path, edge, device)).transpose()?;
-    let options = AnswerOptions { max_tokens: args.max_tokens, sampling };
+    let options = AnswerOptions { max_tokens: args.max_tokens, sampling: args.sampling() };
     let mut shown = 0;
     let text = answer(edge, adapters.as_ref(), (&prompt, &features), options, source, device, |text| {
         // A token may end in mid-character; what is shown must only grow.
-        if let Some(new) = text.get(shown..).filter(|_| !text.ends_with('\u{fffd}')) {
-            print!("{new}");
-            shown = text.len();
-        }
-        std::io::stdout().flush().is_ok()
+        let Some(new) = text.get(shown..).filter(|_| !text.ends_with('\u{fffd}')) else { return true };
+        shown = text.len();
+        // Nobody reads on: the answer ends.
+        write!(out, "{new}").and_then(|()| out.flush()).is_ok()
     })
     .await?;
-    println!("{}", text.get(shown..).unwrap_or_default());
+    writeln!(out, "{}", text.get(shown..).unwrap_or_default())?;
     Ok(())
 }
 

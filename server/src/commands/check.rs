@@ -1,19 +1,17 @@
 //! `fednano check`: is a checkpoint computed here as PyTorch computes it?
 
 use crate::check;
-use crate::device::DeviceChoice;
+use crate::device::{ComputeDtype, DeviceChoice};
 use anyhow::Context;
+use fednano_shared::check::EXPECTED;
 use fednano_shared::model::files::ModelFiles;
 use std::path::{Path, PathBuf};
-
-/// What a reference file is called beside its checkpoint.
-const EXPECTED: &str = "expected.safetensors";
 
 /// Load a checkpoint and compare it, tensor by tensor, with reference values of PyTorch and transformers.
 ///
 /// With Torch at hand, tests/fixtures/make_fixture.py makes checkpoints with reference values for any settings (its --help lists
 /// them): pictures, token ids, every layer, logits, loss, gradients, Fisher values, decoded tokens. The limits are in
-/// server/src/check/limits.rs. The exit status is 1 when a tensor is past its limit.
+/// shared/src/check/limits.rs. The exit status is 1 when a tensor is past its limit.
 ///
 /// Without reference values the checkpoint is loaded and one training step is run on built-in pictures, which shows that it
 /// runs, not that it is right.
@@ -27,6 +25,10 @@ pub struct Args {
     /// Where to compute.
     #[arg(long, value_enum, default_value = "auto")]
     device: DeviceChoice,
+    /// Type of the LLM's weights and of what is computed with them. The limits are those of f32: in f16 and bf16 the table shows how
+    /// far they are off, and most rows of the LLM fail.
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: ComputeDtype,
     /// Print JSON instead of a table.
     #[arg(long)]
     json: bool,
@@ -38,6 +40,7 @@ pub struct Args {
 /// A checkpoint or reference that cannot be used, or, after the table, tensors past their limits.
 pub fn main(args: &Args) -> anyhow::Result<()> {
     let (device, device_name) = args.device.open()?;
+    let dtype = args.dtype.choose(&args.dir, &device, &device_name)?;
     let files = ModelFiles::open(&args.dir)?;
     let beside = args.dir.join(EXPECTED);
     let reference = args.reference.clone().or_else(|| beside.is_file().then_some(beside));
@@ -49,21 +52,22 @@ pub fn main(args: &Args) -> anyhow::Result<()> {
                     file.display()
                 )
             })?;
-            check::compare(&files, file.parent().unwrap_or(Path::new("")), &expected, &device)?
+            check::compare(&files, file.parent().unwrap_or(Path::new("")), &expected, (&device, dtype))?
         }
-        None => check::finite(&files, &device)?,
+        None => check::finite(&files, (&device, dtype))?,
     };
     if args.json {
         let json = serde_json::json!({
             "checkpoint": args.dir.display().to_string(),
             "device": device_name,
+            "dtype": dtype.name(),
             "reference": reference.as_ref().map(|file| file.display().to_string()),
             "rows": report.rows,
             "summary": report.summary,
         });
         println!("{}", serde_json::to_string_pretty(&json)?);
     } else {
-        println!("{} on {device_name}", args.dir.display());
+        println!("{} on {device_name}, the LLM in {}", args.dir.display(), dtype.name());
         print!("{report}");
         if reference.is_none() {
             println!(
@@ -73,5 +77,5 @@ pub fn main(args: &Args) -> anyhow::Result<()> {
             );
         }
     }
-    report.result()
+    Ok(report.result()?)
 }

@@ -4,7 +4,8 @@ use super::SettingFlags;
 use super::join::take_part;
 use super::serve::{base_url, cancel_on_signal, has_page};
 use crate::app::{App, HeldOutSource, ServerSettings, bind};
-use crate::device::DeviceChoice;
+use crate::device::{ComputeDtype, DeviceChoice};
+use crate::fetch::resolve_model;
 use crate::store::TemporaryFolder;
 use anyhow::Context;
 use fednano_shared::bundle::EdgeDtype;
@@ -21,9 +22,9 @@ use tokio_util::sync::CancellationToken;
 /// A server with nano-llava and participants: your browser, or headless ones.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Model directory.
+    /// Model directory in Hugging Face's layout, or a model of the hub as owner/name after `fednano fetch owner/name`.
     #[arg(long, default_value = "server/models/nano-llava")]
-    model: PathBuf,
+    model: String,
     /// Folder of the page.
     #[arg(long, default_value = "www")]
     www: PathBuf,
@@ -33,6 +34,9 @@ pub struct Args {
     /// Where the LLM runs.
     #[arg(long, value_enum, default_value = "auto")]
     device: DeviceChoice,
+    /// Type of the LLM's weights and of what is computed with them.
+    #[arg(long, value_enum, default_value = "auto")]
+    dtype: ComputeDtype,
     /// How clients get the weights of their half of the model: f16, or smaller and coarser int8 or int4.
     #[arg(long, default_value_t = EdgeDtype::F16)]
     edge_dtype: EdgeDtype,
@@ -87,11 +91,13 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
     let settings = args.settings.settings(defaults)?;
     let listen = if attended { &args.listen } else { "127.0.0.1:0" };
     let listener = bind(listen).await?;
+    let model = resolve_model(&args.model)?;
     let (device, device_name) = args.device.open()?;
+    let dtype = args.dtype.choose(&model, &device, &device_name)?;
     anyhow::ensure!(has_page(&args.www), "{} holds no built page; run `just web` first", args.www.display());
     let folder = TemporaryFolder::create("demo")?;
     let server = ServerSettings {
-        model: args.model.clone(),
+        model,
         www: args.www.clone(),
         data_dir: folder.path().to_owned(),
         edge_dtype: args.edge_dtype,
@@ -101,7 +107,7 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
         merge_requests: true,
     };
     let shutdown = CancellationToken::new();
-    let app = App::start(server, &device, shutdown.clone()).await?;
+    let app = App::start(server, (&device, dtype), shutdown.clone()).await?;
     cancel_on_signal(shutdown);
     let link = format!("{}/?federation=demo", base_url(listener.local_addr()?));
     let federation = app.federation("demo").context("the federation did not start")?;

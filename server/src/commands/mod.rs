@@ -2,6 +2,7 @@
 
 pub mod account;
 pub mod ask;
+pub mod bench;
 pub mod check;
 pub mod demo;
 pub mod eval;

@@ -2,7 +2,8 @@
 
 use super::SettingFlags;
 use crate::app::{App, ServerSettings, bind, held_out_from};
-use crate::device::DeviceChoice;
+use crate::device::{ComputeDtype, DeviceChoice};
+use crate::fetch::resolve_model;
 use crate::llm_host::Order;
 use fednano_shared::bundle::EdgeDtype;
 use fednano_shared::settings::FederationSettings;
@@ -14,9 +15,9 @@ use tokio_util::sync::CancellationToken;
 /// Serve a model to participants: page, edge weights, websocket, rounds.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Model directory in Hugging Face layout.
+    /// Model directory in Hugging Face's layout, or a model of the hub as owner/name after `fednano fetch owner/name`.
     #[arg(long)]
-    model: PathBuf,
+    model: String,
     /// Name of a federation; may be given several times.
     #[arg(long = "federation", default_value = "demo")]
     federations: Vec<String>,
@@ -32,6 +33,9 @@ pub struct ServeFlags {
     /// Where the LLM runs.
     #[arg(long, value_enum, default_value = "auto")]
     pub device: DeviceChoice,
+    /// Type of the LLM's weights and of what is computed with them.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub dtype: ComputeDtype,
     /// Address to listen on.
     #[arg(long, default_value = "127.0.0.1:8080")]
     pub listen: String,
@@ -74,7 +78,7 @@ pub struct ServeOptions {
 pub async fn main(args: &Args) -> anyhow::Result<()> {
     let settings = args.settings.settings(FederationSettings::default())?;
     let federations = args.federations.iter().map(|name| (name.clone(), settings.clone())).collect();
-    run(ServeOptions { model: args.model.clone(), federations, flags: args.flags.clone() }).await
+    run(ServeOptions { model: resolve_model(&args.model)?, federations, flags: args.flags.clone() }).await
 }
 
 /// Serve until Ctrl-C, or until a federation fails for good.
@@ -91,7 +95,8 @@ pub async fn run(options: ServeOptions) -> anyhow::Result<()> {
     let names: Vec<String> = federations.keys().cloned().collect();
     let listener = bind(&flags.listen).await?;
     let (device, device_name) = flags.device.open()?;
-    println!("loading {} on {device_name}", model.display());
+    let dtype = flags.dtype.choose(&model, &device, &device_name)?;
+    println!("loading {} on {device_name}, the LLM in {}", model.display(), dtype.name());
     let server = ServerSettings {
         model,
         www: flags.www.clone(),
@@ -103,7 +108,7 @@ pub async fn run(options: ServeOptions) -> anyhow::Result<()> {
         order: Order::Arrival { merge: !flags.reproducible },
     };
     let shutdown = CancellationToken::new();
-    let app = App::start(server, &device, shutdown.clone()).await?;
+    let app = App::start(server, (&device, dtype), shutdown.clone()).await?;
     let address = listener.local_addr()?;
     for federation in names {
         println!("invite link: {}/?federation={federation}", base_url(address));

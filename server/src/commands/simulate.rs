@@ -3,7 +3,8 @@
 use super::SettingFlags;
 use crate::app::{App, HeldOutSource, ServerSettings};
 use crate::datasets;
-use crate::device::DeviceChoice;
+use crate::device::{ComputeDtype, DeviceChoice};
+use crate::fetch::resolve_model;
 use crate::native::{ChannelConnector, TokioClock};
 use crate::store::TemporaryFolder;
 use anyhow::Context;
@@ -28,9 +29,9 @@ use tokio_util::sync::CancellationToken;
 /// Run a whole federation in one process, seeded.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Model directory.
+    /// Model directory in Hugging Face's layout, or a model of the hub as owner/name after `fednano fetch owner/name`.
     #[arg(long)]
-    model: PathBuf,
+    model: String,
     /// Folder with train/ and test/ (easy-VQA, LLaVA JSON or CSV in each).
     #[arg(long)]
     data: PathBuf,
@@ -49,6 +50,9 @@ pub struct Args {
     /// Where everything runs.
     #[arg(long, value_enum, default_value = "cpu")]
     device: DeviceChoice,
+    /// Type of the LLM's weights and of what is computed with them.
+    #[arg(long, value_enum, default_value = "auto")]
+    dtype: ComputeDtype,
     /// How clients get the weights of their half of the model: f16, or smaller and coarser int8 or int4.
     #[arg(long, default_value_t = EdgeDtype::F16)]
     edge_dtype: EdgeDtype,
@@ -71,7 +75,9 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
     let defaults =
         FederationSettings { min_participants: args.clients, round_deadline_s: 86_400, ..Default::default() };
     let settings = args.settings.settings(defaults)?;
+    let model = resolve_model(&args.model)?;
     let (device, device_name) = args.device.open()?;
+    let dtype = args.dtype.choose(&model, &device, &device_name)?;
     let splits = datasets::open_splits(&args.data)?;
     println!("{} training and {} test samples on {device_name}", splits.train.samples.len(), splits.test.samples.len());
     let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
@@ -92,7 +98,7 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
         }
     };
     let server = ServerSettings {
-        model: args.model.clone(),
+        model,
         www: PathBuf::from("www"),
         data_dir: folder,
         edge_dtype: args.edge_dtype,
@@ -101,7 +107,7 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
         evaluation_limit: args.evaluation_limit,
         merge_requests: false,
     };
-    let app = App::start(server, &device, CancellationToken::new()).await?;
+    let app = App::start(server, (&device, dtype), CancellationToken::new()).await?;
     let mut report = federate(&app, args, &settings, shards, &device).await?;
     drop(temporary);
     let (constant, question_only) = baselines;

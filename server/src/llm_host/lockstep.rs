@@ -1,7 +1,7 @@
 //! What the host's thread does next. In order of arrival that is a queue; in lockstep the members of a round go side by side:
 //! nothing of theirs is computed until each has a request waiting, and then the order of members decides, not who was faster.
 
-use super::{Job, Order, Queued, TrainJob, take_alike};
+use super::{Job, Order, Queued, Room, TrainJob, take_alike};
 use fednano_shared::wire::ParticipantId;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -27,14 +27,15 @@ pub(super) enum Work {
 /// Requests that wait, and their order.
 pub(super) struct Schedule {
     order: Order,
+    room: Room,
     expected: Arc<Mutex<Expected>>,
     waiting: VecDeque<Queued>,
     begun: VecDeque<Work>, // the rest of a lockstep
 }
 
 impl Schedule {
-    pub(super) fn new(order: Order, expected: Arc<Mutex<Expected>>) -> Self {
-        Self { order, expected, waiting: VecDeque::new(), begun: VecDeque::new() }
+    pub(super) fn new(order: Order, expected: Arc<Mutex<Expected>>, room: Room) -> Self {
+        Self { order, room, expected, waiting: VecDeque::new(), begun: VecDeque::new() }
     }
 
     pub(super) fn add(&mut self, queued: Queued) {
@@ -48,7 +49,7 @@ impl Schedule {
             Order::Arrival { merge } => match self.waiting.pop_front()?.job {
                 Job::Train(request, reply) if merge => {
                     let mut group = vec![(request, reply)];
-                    take_alike(&mut group, &mut self.waiting);
+                    take_alike(&mut group, &mut self.waiting, self.room);
                     Some(Work::Train(group))
                 }
                 job => Some(Work::Other(job)),
@@ -62,7 +63,7 @@ impl Schedule {
                 if let Some(at) = self.waiting.iter().position(|q| !in_step(q)) {
                     return self.waiting.remove(at).map(|q| Work::Other(q.job));
                 }
-                self.begun = step(&expected, &mut self.waiting);
+                self.begun = step(&expected, &mut self.waiting, self.room);
                 self.begun.pop_front()
             }
         }
@@ -70,7 +71,7 @@ impl Schedule {
 }
 
 /// The first request of each member, in the order of members; nothing as long as one is missing. All that wait are members'.
-fn step(expected: &Expected, waiting: &mut VecDeque<Queued>) -> VecDeque<Work> {
+fn step(expected: &Expected, waiting: &mut VecDeque<Queued>, room: Room) -> VecDeque<Work> {
     if expected.keys().any(|id| first(*id, waiting).is_none()) {
         return VecDeque::new();
     }
@@ -87,7 +88,7 @@ fn step(expected: &Expected, waiting: &mut VecDeque<Queued>) -> VecDeque<Work> {
     while let Some(queued) = training.pop_front() {
         if let Job::Train(request, reply) = queued.job {
             let mut group = vec![(request, reply)];
-            take_alike(&mut group, &mut training);
+            take_alike(&mut group, &mut training, room);
             work.push_back(Work::Train(group));
         }
     }
@@ -112,6 +113,7 @@ fn abandoned(job: &Job) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Bounds;
     use super::*;
     use fednano_shared::plain::{BoundaryReply, BoundaryRequest, TensorBlob};
     use fednano_shared::wire::Fault;
@@ -130,7 +132,8 @@ mod tests {
 
     fn schedule(expected: &[(u32, u32)]) -> Schedule {
         let expected = expected.iter().map(|(id, round)| (ParticipantId(*id), *round)).collect();
-        Schedule::new(Order::Lockstep, Arc::new(Mutex::new(expected)))
+        let room = Room { bounds: Bounds::default(), vocab: 1 };
+        Schedule::new(Order::Lockstep, Arc::new(Mutex::new(expected)), room)
     }
 
     /// Lengths of the requests of each batch that is computed now.

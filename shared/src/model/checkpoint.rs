@@ -2,16 +2,19 @@
 //!
 //! A module's fields bear Hugging Face's names, so a parameter's path is its key, except: norms of burn call their weight
 //! `gamma` and bias `beta`; burn's `Linear` keeps `[in, out]`, the file `[out, in]`. Four prefixes are in use for the parts;
-//! [`canonical`] maps them all to one.
+//! [`canonical`] maps them all to one. [`check_tensors`] sees to it that nothing is missing or left over before any part is loaded.
 
 use crate::bundle::table::TokenTable;
 use crate::config::{ConfigError, ModelConfig};
 use crate::model::{clip::VisionTower, llama::Llama, projector::Projector};
 use crate::plain::TensorBlob;
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
-use burn::tensor::{Device, Tensor, TensorData};
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use burn::tensor::{DType, Device, Tensor, TensorCreationOptions, TensorData};
+use safetensors::tensor::{Dtype, TensorView};
 use std::collections::{BTreeMap, BTreeSet};
+
+use super::weights::Layout;
+pub use super::weights::Weights;
 
 /// Why a checkpoint cannot be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +47,10 @@ pub enum CheckpointError {
 
 /// Canonical name of the token table.
 pub const TOKEN_TABLE: &str = "language_model.embed_tokens.weight";
+/// Canonical name of the head, which is the token table itself where a configuration ties them.
+const HEAD: &str = "lm_head.weight";
+/// Prefix of the decoder's canonical names.
+pub const LANGUAGE_MODEL: &str = "language_model.";
 /// Prefix of the vision tower's canonical names.
 pub const VISION_TOWER: &str = "vision_tower.";
 /// Prefix of the connector's canonical names.
@@ -78,80 +85,13 @@ fn published(name: &str) -> String {
     name.to_owned()
 }
 
-/// Weight files held in memory, found by canonical name.
-pub struct Weights {
-    files: Vec<Vec<u8>>,
-    index: BTreeMap<String, (usize, String)>,
-}
-
-impl Weights {
-    /// Take over the bytes of one or several safetensors files.
-    ///
-    /// # Errors
-    /// [`CheckpointError::Damaged`] for a file whose header or length is wrong.
-    pub fn from_files(files: Vec<(String, Vec<u8>)>) -> Result<Self, CheckpointError> {
-        let mut index = BTreeMap::new();
-        let mut buffers = Vec::new();
-        for (number, (file, bytes)) in files.into_iter().enumerate() {
-            let parsed = SafeTensors::deserialize(&bytes)
-                .map_err(|e| CheckpointError::Damaged { file, cause: e.to_string() })?;
-            for name in parsed.names() {
-                index.insert(canonical(name), (number, name.to_owned()));
-            }
-            buffers.push(bytes);
-        }
-        Ok(Self { files: buffers, index })
-    }
-
-    /// Canonical names of all tensors.
-    pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.index.keys().map(String::as_str)
-    }
-
-    /// Number of values in all tensors.
-    pub fn parameters(&self) -> usize {
-        let counts = self.files.iter().filter_map(|f| SafeTensors::deserialize(f).ok());
-        counts
-            .flat_map(|f| f.tensors().into_iter().map(|(_, t)| t.shape().iter().product::<usize>()).collect::<Vec<_>>())
-            .sum()
-    }
-
-    /// A tensor widened to f32, in the file's own layout.
-    ///
-    /// # Errors
-    /// A sentence for the list in [`CheckpointError::Tensors`].
-    pub fn read(&self, name: &str) -> Result<TensorBlob, String> {
-        let (file, original) = self.index.get(name).ok_or_else(|| format!("{name}: missing"))?;
-        let parsed = SafeTensors::deserialize(&self.files[*file]).map_err(|e| e.to_string())?;
-        let view = parsed.tensor(original).map_err(|e| e.to_string())?;
-        Ok(TensorBlob {
-            shape: view.shape().to_vec(),
-            data: widen(&view)
-                .ok_or_else(|| format!("{name}: stored as {:?}, supported are F32, F16, BF16", view.dtype()))?,
-        })
-    }
-
-    /// Fill a module; `prefix` is put before its parameters' paths. Faults are added to `faults`, the module is returned
-    /// half-filled then.
-    pub fn load<M: Module>(&self, module: M, prefix: &str, faults: &mut Vec<String>) -> M {
-        fill(module, self, prefix, &mut BTreeSet::new(), faults)
-    }
-}
-
-/// Where a module's tensors come from: a whole checkpoint, or one piece of a bundle.
+/// Where a module's tensors come from, if not from a whole checkpoint: one piece of a bundle.
 pub trait TensorSource {
     /// A tensor of the given shape in f32 by canonical name, in the file's layout; `None` where another source has it.
     ///
     /// # Errors
     /// A sentence for the list in [`CheckpointError::Tensors`].
     fn find(&self, name: &str, shape: &[usize]) -> Result<Option<TensorBlob>, String>;
-}
-
-impl TensorSource for Weights {
-    /// A checkpoint is whole: what it lacks is a fault.
-    fn find(&self, name: &str, _: &[usize]) -> Result<Option<TensorBlob>, String> {
-        self.read(name).map(Some)
-    }
 }
 
 /// Fill a module with what a source has; `prefix` is put before its parameters' paths. Names filled are added to `filled`, faults
@@ -163,17 +103,29 @@ pub fn fill<M: Module, S: TensorSource>(
     filled: &mut BTreeSet<String>,
     faults: &mut Vec<String>,
 ) -> M {
-    module.map(&mut Filler { source, prefix, path: Vec::new(), filled, faults })
+    let find = |name: &str, shape: &[usize], transposed: bool| -> Result<Option<TensorData>, String> {
+        let Some(TensorBlob { mut shape, data }) = source.find(name, shape)? else { return Ok(None) };
+        let layout = Layout::of(&shape, transposed);
+        if let Layout::Transposed(..) = layout {
+            shape.reverse();
+            return Ok(Some(TensorData::new(layout.arrange(data.len(), |i| data[i]), shape)));
+        }
+        Ok(Some(TensorData::new(data, shape)))
+    };
+    module.map(&mut Filler { find: &find, prefix, path: Vec::new(), filled, faults })
 }
 
-fn widen(view: &TensorView) -> Option<Vec<f32>> {
-    let pairs = || view.data().chunks_exact(2).map(|b| [b[0], b[1]]);
-    match view.dtype() {
-        Dtype::F32 => Some(bytemuck::pod_collect_to_vec(view.data())),
-        Dtype::F16 => Some(pairs().map(|b| half::f16::from_le_bytes(b).to_f32()).collect()),
-        Dtype::BF16 => Some(pairs().map(|b| half::bf16::from_le_bytes(b).to_f32()).collect()),
-        _ => None,
-    }
+/// Fill a module with a checkpoint's tensors by canonical name; `prefix` and `faults` as in [`fill`], where what is missing is a fault.
+fn load<M: Module>(
+    module: M,
+    prefix: &str,
+    find: impl Fn(&str, bool) -> Result<TensorData, String>,
+    faults: &mut Vec<String>,
+) -> M {
+    let find = |name: &str, _: &[usize], transposed: bool| -> Result<Option<TensorData>, String> {
+        find(name, transposed).map(Some)
+    };
+    module.map(&mut Filler { find: &find, prefix, path: Vec::new(), filled: &mut BTreeSet::new(), faults })
 }
 
 /// Path components with the type of what holds each of them.
@@ -204,15 +156,18 @@ fn file_shape<const N: usize>(param: &Param<Tensor<N>>, transposed: bool) -> Vec
     shape
 }
 
-struct Filler<'a, S> {
-    source: &'a S,
+/// A tensor by name, in the file's layout; it ought to have the shape.
+type Find<'a> = dyn Fn(&str, &[usize], bool) -> Result<Option<TensorData>, String> + 'a;
+
+struct Filler<'a> {
+    find: &'a Find<'a>,
     prefix: &'a str,
     path: Path,
     filled: &'a mut BTreeSet<String>,
     faults: &'a mut Vec<String>,
 }
 
-impl<S: TensorSource> ModuleMapper for Filler<'_, S> {
+impl ModuleMapper for Filler<'_> {
     fn enter_module(&mut self, name: &str, container: &str) {
         self.path.push((name.to_owned(), container.to_owned()));
     }
@@ -224,24 +179,25 @@ impl<S: TensorSource> ModuleMapper for Filler<'_, S> {
     fn map_float<const N: usize>(&mut self, param: Param<Tensor<N>>) -> Param<Tensor<N>> {
         let (key, transposed) = key_of(&self.path, self.prefix);
         let expected = file_shape(&param, transposed);
-        let blob = match self.source.find(&key, &expected) {
-            Ok(Some(blob)) => blob,
+        let data = match (self.find)(&key, &expected, transposed) {
+            Ok(Some(data)) => data,
             Ok(None) => return param,
             Err(fault) => {
                 self.faults.push(fault);
                 return param;
             }
         };
-        if blob.shape != expected {
-            self.faults.push(format!("{key}: shape {:?}, expected {expected:?}", blob.shape));
+        let mut shape = data.shape().as_slice().to_vec();
+        if transposed {
+            shape.reverse();
+        }
+        if shape != expected {
+            self.faults.push(format!("{key}: shape {shape:?}, expected {expected:?}"));
             return param;
         }
-        let device = param.lazy_device();
+        let (device, dtype) = (param.lazy_device(), data.dtype());
         let id = param.id;
-        let mut tensor = Tensor::<N>::from_data(TensorData::new(blob.data, blob.shape), &device);
-        if transposed {
-            tensor = tensor.transpose();
-        }
+        let tensor = Tensor::<N>::from_data(data, (&device, dtype));
         self.filled.insert(key);
         // Nothing that comes from a checkpoint is trained by a client.
         Param::initialized(id, tensor).set_require_grad(false)
@@ -328,71 +284,90 @@ pub struct EdgeParts {
     pub token_table: TokenTable,
 }
 
-/// Tensors of the language model that published files carry and nobody reads.
-fn known_unused(name: &str, config: &ModelConfig) -> bool {
-    name.ends_with("rotary_emb.inv_freq") || (config.text.tied && name == "lm_head.weight")
-}
-
-/// Load the client's part.
+/// Load the client's part, in f32.
 ///
 /// # Errors
 /// One list of all missing and misshapen tensors.
 pub fn load_edge(config: &ModelConfig, weights: &Weights, device: &Device) -> Result<EdgeParts, CheckpointError> {
     let mut faults = Vec::new();
-    let vision = weights.load(VisionTower::init(config, device), VISION_TOWER, &mut faults);
-    let projector = weights.load(Projector::init(config, device), PROJECTOR, &mut faults);
-    let table = token_table(config, weights, &mut faults);
-    if !faults.is_empty() {
-        return Err(CheckpointError::Tensors(faults));
-    }
-    let token_table = TokenTable::from_blob(table).map_err(|fault| CheckpointError::Tensors(vec![fault]))?;
-    Ok(EdgeParts { vision, projector, token_table })
-}
-
-fn token_table(config: &ModelConfig, weights: &Weights, faults: &mut Vec<String>) -> TensorBlob {
+    let find = |name: &str, transposed: bool| weights.tensor(name, DType::F32, transposed);
+    let vision = load(VisionTower::init(config, device), VISION_TOWER, find, &mut faults);
+    let projector = load(Projector::init(config, device), PROJECTOR, find, &mut faults);
     let shape = [config.text.vocab, config.text.hidden];
-    let table = weights.read(TOKEN_TABLE).and_then(|t| {
-        if t.shape == shape { Ok(t) } else { Err(format!("{TOKEN_TABLE}: shape {:?}, expected {shape:?}", t.shape)) }
+    let table = weights.read(TOKEN_TABLE).and_then(|table| {
+        if table.shape == shape {
+            TokenTable::from_blob(table)
+        } else {
+            Err(format!("{TOKEN_TABLE}: shape {:?}, expected {shape:?}", table.shape))
+        }
     });
-    table.unwrap_or_else(|fault| {
-        faults.push(fault);
-        TensorBlob::zeros(&[0, 0])
-    })
+    match table {
+        Ok(token_table) if faults.is_empty() => Ok(EdgeParts { vision, projector, token_table }),
+        table => {
+            faults.extend(table.err());
+            Err(CheckpointError::Tensors(faults))
+        }
+    }
 }
 
-/// Load the server's part.
+/// Load the server's part where and in what type `place` says: a device means f32 there, `(&device, DType::BF16)` another type.
 ///
 /// # Errors
-/// One list of all missing, misshapen and unknown tensors.
-pub fn load_llm(config: &ModelConfig, weights: &Weights, device: &Device) -> Result<Llama, CheckpointError> {
+/// One list of all missing and misshapen tensors.
+pub fn load_llm(
+    config: &ModelConfig,
+    weights: &Weights,
+    place: impl Into<TensorCreationOptions>,
+) -> Result<Llama, CheckpointError> {
+    let place = place.into();
+    let dtype = place.dtype_or(DType::F32);
+    let find = |name: &str, transposed: bool| {
+        let stored = if config.text.tied && name == HEAD { TOKEN_TABLE } else { name };
+        weights.tensor(stored, dtype, transposed)
+    };
     let mut faults = Vec::new();
-    let mut llm = Llama::init(&config.text, device);
-    if config.text.tied {
-        let table = token_table(config, weights, &mut faults);
-        if faults.is_empty() {
-            let tensor = Tensor::<2>::from_data(TensorData::new(table.data, table.shape), device).transpose();
-            let id = llm.lm_head.weight.id;
-            let head =
-                std::mem::replace(&mut llm.lm_head.weight, Param::initialized(id, tensor).set_require_grad(false));
-            drop(head);
-        }
-        let mut ignored = Vec::new();
-        let head = llm.lm_head.weight.clone();
-        llm = weights.load(llm, "language_model.", &mut ignored);
-        llm.lm_head.weight = head;
-        faults.extend(ignored.into_iter().filter(|f| !f.starts_with("lm_head.")));
-    } else {
-        llm = weights.load(llm, "language_model.", &mut faults);
-    }
-    let expected = shapes(&llm, "language_model.");
-    faults.extend(
-        weights
-            .names()
-            .filter(|n| n.starts_with("language_model.") || n.starts_with("lm_head."))
-            .filter(|n| !expected.contains_key(*n) && *n != TOKEN_TABLE && !known_unused(n, config))
-            .map(|n| format!("{n}: not part of the model that config.json describes")),
-    );
+    let llm = load(Llama::init(&config.text, &place.device), LANGUAGE_MODEL, find, &mut faults);
     if faults.is_empty() { Ok(llm) } else { Err(CheckpointError::Tensors(faults)) }
+}
+
+/// Compare a whole checkpoint with the model that its config.json describes: every tensor's name, shape and stored type, in both
+/// halves and beside them. Reads no values.
+///
+/// # Errors
+/// One list of everything that is missing, misshapen, of a type that is not read, there twice, or no part of the model.
+pub fn check_tensors(config: &ModelConfig, weights: &Weights) -> Result<(), CheckpointError> {
+    // Large parameters are made when they are first used, which these never are.
+    let device = Device::flex();
+    let whole = ModelConfig { feature_layer: config.vision.layers, ..config.clone() };
+    let mut expected = shapes(&VisionTower::init(&whole, &device), VISION_TOWER);
+    // Layers behind the one that LLaVA reads.
+    let behind: BTreeSet<String> = expected.keys().filter(|name| is_behind(name, config)).cloned().collect();
+    expected.retain(|name, _| !behind.contains(name));
+    expected.extend(shapes(&Projector::init(config, &device), PROJECTOR));
+    expected.extend(shapes(&Llama::init(&config.text, &device), LANGUAGE_MODEL));
+    expected.insert(TOKEN_TABLE.to_owned(), vec![config.text.vocab, config.text.hidden]);
+    if config.text.tied {
+        expected.remove(HEAD);
+    }
+    // What published files carry and nobody reads.
+    let unread = |name: &str| {
+        behind.contains(name)
+            || (config.text.tied && name == HEAD)
+            || (name.starts_with(LANGUAGE_MODEL) && name.ends_with("rotary_emb.inv_freq"))
+            || UNREAD.contains(&name)
+    };
+    let faults = weights.faults(&expected, unread);
+    if faults.is_empty() { Ok(()) } else { Err(CheckpointError::Tensors(faults)) }
+}
+
+/// Tensors of the vision tower that are not read: a buffer of older files, and the norm of what is pooled.
+const UNREAD: [&str; 3] =
+    ["vision_tower.embeddings.position_ids", "vision_tower.post_layernorm.weight", "vision_tower.post_layernorm.bias"];
+
+/// Does a tensor belong to a vision layer that is behind the feature layer?
+fn is_behind(name: &str, config: &ModelConfig) -> bool {
+    let layer = name.strip_prefix("vision_tower.encoder.layers.").and_then(|rest| rest.split('.').next());
+    layer.and_then(|number| number.parse::<usize>().ok()).is_some_and(|number| number >= config.feature_layer)
 }
 
 /// Names and shapes of a module's parameters, in the file's layout and without making them; `prefix` as in [`fill`].

@@ -1,10 +1,13 @@
-//! A model directory (or the part of one that a client is sent) as bytes, parsed and checked together.
+//! A model directory (or the part of one that a client is sent), parsed and checked together.
 
+#[cfg(not(target_arch = "wasm32"))]
+use super::checkpoint::check_tensors;
 use super::checkpoint::{CheckpointError, Weights};
 use crate::config::ModelConfig;
 use crate::data::picture::Preprocess;
 use crate::data::text::{TextCodec, TextError};
-use std::collections::BTreeMap;
+use serde::Deserialize;
+use std::collections::{BTreeMap, BTreeSet};
 #[cfg(not(target_arch = "wasm32"))]
 use std::path::Path;
 
@@ -34,6 +37,10 @@ pub struct ModelFiles {
 /// Small files of a model directory that a client needs beside the weights; the last two may be absent.
 pub const SMALL_FILES: [&str; 5] =
     ["config.json", "tokenizer.json", "preprocessor_config.json", "generation_config.json", "processor_config.json"];
+/// Weights in one file.
+pub const WEIGHTS: &str = "model.safetensors";
+/// The list of weights in several files.
+pub const INDEX: &str = "model.safetensors.index.json";
 
 impl SmallFiles {
     /// Parse files by name: those of [`SMALL_FILES`]; others are not looked at.
@@ -66,42 +73,23 @@ impl SmallFiles {
     }
 }
 
-fn unusable(file: &str, cause: String) -> CheckpointError {
+/// A file that is missing, or whose content cannot be used.
+pub(super) fn unusable(file: &str, cause: String) -> CheckpointError {
     CheckpointError::File { file: file.into(), cause }
 }
 
+#[cfg(not(target_arch = "wasm32"))]
 impl ModelFiles {
-    /// Parse files by name: those of [`SMALL_FILES`] and any number of `*.safetensors`.
+    /// Read a model directory and compare its tensors with its configuration, by their headers: weights are read when they are loaded.
+    /// Weights are `model.safetensors`, or the files that `model.safetensors.index.json` names; no other file is.
     ///
     /// # Errors
-    /// [`CheckpointError`] names the file.
-    pub fn from_bytes(mut files: BTreeMap<String, Vec<u8>>) -> Result<Self, CheckpointError> {
-        let mut weights: Vec<(String, Vec<u8>)> = Vec::new();
-        let names: Vec<String> = files.keys().filter(|n| n.ends_with(".safetensors")).cloned().collect();
-        for name in names {
-            if let Some(bytes) = files.remove(&name) {
-                weights.push((name, bytes));
-            }
-        }
-        let SmallFiles { config, text, preprocess } = SmallFiles::from_bytes(&files)?;
-        if weights.is_empty() {
-            return Err(unusable("model.safetensors", "it is missing".into()));
-        }
-        Ok(Self { config, text, preprocess, weights: Weights::from_files(weights)? })
-    }
-
-    /// Read a model directory. Only `model.safetensors`, or the parts that `model.safetensors.index.json` lists, are weights.
-    ///
-    /// # Errors
-    /// [`CheckpointError`] names the file.
-    #[cfg(not(target_arch = "wasm32"))]
+    /// [`CheckpointError`] names the file, or lists everything that is wrong with the tensors.
     pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
-        let mut files = small_files(dir)?;
-        for name in weight_files(dir)? {
-            let bytes = read(dir, &name)?;
-            files.insert(name, bytes);
-        }
-        Self::from_bytes(files)
+        let SmallFiles { config, text, preprocess } = SmallFiles::from_bytes(&small_files(dir)?)?;
+        let weights = Weights::open(dir)?;
+        check_tensors(&config, &weights)?;
+        Ok(Self { config, text, preprocess, weights })
     }
 }
 
@@ -133,19 +121,73 @@ pub fn small_files(dir: &Path) -> Result<BTreeMap<String, Vec<u8>>, CheckpointEr
 /// [`CheckpointError`] names an index that cannot be used.
 #[cfg(not(target_arch = "wasm32"))]
 pub fn weight_files(dir: &Path) -> Result<Vec<String>, CheckpointError> {
-    let index = "model.safetensors.index.json";
-    if !dir.join(index).exists() {
-        return Ok(vec!["model.safetensors".to_owned()]);
+    Ok(WeightIndex::open(dir)?.map_or_else(|| vec![WEIGHTS.to_owned()], |index| index.files()))
+}
+
+/// Which weight file holds which tensor, both by the names in use there.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct WeightIndex {
+    #[serde(rename = "weight_map")]
+    tensors: BTreeMap<String, String>,
+}
+
+impl WeightIndex {
+    /// Parse the content of [`INDEX`].
+    ///
+    /// # Errors
+    /// [`CheckpointError::Damaged`] when it has no weight map, an empty one, or one that names something else than files beside it.
+    pub fn parse(json: &[u8]) -> Result<Self, CheckpointError> {
+        let damaged = |cause: String| CheckpointError::Damaged { file: INDEX.into(), cause };
+        let index: Self = serde_json::from_slice(json).map_err(|e| damaged(e.to_string()))?;
+        if index.tensors.is_empty() {
+            return Err(damaged("its weight_map is empty".into()));
+        }
+        match index.tensors.values().find(|name| !is_plain(name)) {
+            Some(name) => Err(damaged(format!("it names '{name}', which is no plain file name"))),
+            None => Ok(index),
+        }
     }
-    let damaged = |cause: String| CheckpointError::Damaged { file: index.into(), cause };
-    let json: serde_json::Value = serde_json::from_slice(&read(dir, index)?).map_err(|e| damaged(e.to_string()))?;
-    let map = json["weight_map"].as_object().ok_or_else(|| damaged("it has no weight_map".into()))?;
-    let mut parts: Vec<String> = map.values().filter_map(|v| v.as_str().map(str::to_owned)).collect();
-    parts.sort();
-    parts.dedup();
-    // A name in an index is no path.
-    if let Some(part) = parts.iter().find(|part| part.contains(['/', '\\'])) {
-        return Err(damaged(format!("it names '{part}' outside the directory")));
+
+    /// The index of a model directory; none where all weights are in [`WEIGHTS`].
+    #[cfg(not(target_arch = "wasm32"))]
+    pub(super) fn open(dir: &Path) -> Result<Option<Self>, CheckpointError> {
+        if dir.join(INDEX).exists() { Self::parse(&read(dir, INDEX)?).map(Some) } else { Ok(None) }
     }
-    Ok(parts)
+
+    /// The weight files, each once, in order of their names.
+    pub fn files(&self) -> Vec<String> {
+        let files: BTreeSet<&String> = self.tensors.values().collect();
+        files.into_iter().cloned().collect()
+    }
+
+    /// File by tensor.
+    pub fn tensors(&self) -> &BTreeMap<String, String> {
+        &self.tensors
+    }
+}
+
+/// A name that is no path and needs no escaping in an address.
+pub fn is_plain(name: &str) -> bool {
+    let known = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
+    !name.is_empty() && !name.starts_with('.') && name.bytes().all(known)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_index_names_plain_files() {
+        let fault = |json: &str| WeightIndex::parse(json.as_bytes()).unwrap_err().to_string();
+        for name in ["../up.safetensors", "a/b.safetensors", "a\\\\b.safetensors", "", ".hidden"] {
+            let json = format!(r#"{{"weight_map": {{"a": "b.safetensors", "c": "{name}"}}}}"#);
+            assert!(fault(&json).contains("plain file name"), "{name}");
+        }
+        assert!(fault(r#"{"weight_map": {}}"#).contains("empty"));
+        assert!(fault(r#"{"metadata": {}}"#).contains("weight_map"));
+        assert!(fault("{").contains(INDEX));
+        let json =
+            br#"{"metadata": {"total_size": 4}, "weight_map": {"a": "2.safetensors", "b": "1.st", "c": "1.st"}}"#;
+        assert_eq!(WeightIndex::parse(json).unwrap().files(), ["1.st", "2.safetensors"]);
+    }
 }

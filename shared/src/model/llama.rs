@@ -1,10 +1,13 @@
 //! Llama decoder that starts from embeddings (the boundary) and ends at logits. Field names are Hugging Face's.
+//!
+//! Embeddings and logits are f32. What is between them has the type of the weights (f32, f16 or bf16), except where transformers
+//! computes in f32 too: statistics of the norms, attention scores and their softmax.
 
 use super::{activate, attend, split_heads};
 use crate::config::{Activation, TextConfig};
 use burn::module::{Module, Param};
-use burn::nn::{Linear, LinearConfig};
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::nn::{Initializer, Linear, LinearConfig};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 
 /// The frozen language model without its token table.
 #[derive(Module, Debug)]
@@ -76,12 +79,12 @@ pub struct RmsNorm {
 /// Which positions see which, and at what rotary angle.
 #[derive(Debug, Clone)]
 pub struct AttentionLayout {
-    cos: Tensor<4>,  // [B or 1, 1, S, E/2]
-    sin: Tensor<4>,  // [B or 1, 1, S, E/2]
-    bias: Tensor<4>, // [B or 1, 1, S, S], 0 where allowed
+    cos: Tensor<4>,  // [B or 1, 1, S, E/2], of the weights' type
+    sin: Tensor<4>,  // [B or 1, 1, S, E/2], of the weights' type
+    bias: Tensor<4>, // [B or 1, 1, S, S], f32, 0 where allowed
 }
 
-/// Rotated keys and values of all positions so far, for decoding token by token.
+/// Rotated keys and values of all positions so far, in the weights' type, for decoding token by token.
 #[derive(Debug, Clone)]
 pub struct KvCache {
     layers: Vec<Option<KeysValues>>,
@@ -103,14 +106,16 @@ const FORBIDDEN: f32 = -30000.0;
 
 impl RmsNorm {
     fn init(width: usize, eps: f64, device: &Device) -> Self {
-        Self { weight: Param::from_tensor(Tensor::ones([width], device)), eps }
+        Self { weight: Initializer::Ones.init([width], device), eps }
     }
 
     /// # Shapes
-    /// - input and output: `[B, S, D]`
+    /// - input and output: `[B, S, D]`, of the weight's type; normalised in f32
     pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+        let dtype = x.dtype();
+        let x = x.cast(DType::F32);
         let scale = (x.clone().powi_scalar(2).mean_dim(2) + self.eps).sqrt().recip(); // [B,S,1]
-        x * scale * self.weight.val().unsqueeze::<3>()
+        (x * scale).cast(dtype) * self.weight.val().unsqueeze::<3>()
     }
 }
 
@@ -148,12 +153,17 @@ impl Llama {
         }
     }
 
+    /// The type of the weights, and of everything that is computed with them.
+    pub fn dtype(&self) -> DType {
+        self.norm.weight.dtype()
+    }
+
     /// Residual stream after the final norm, i.e. what the head reads.
     ///
     /// # Shapes
-    /// - h: `[B, S, D]`, output: `[B, S, D]`
+    /// - h: `[B, S, D]`, output: `[B, S, D]`, of the weights' type
     pub fn forward(&self, h: Tensor<3>, layout: &AttentionLayout) -> Tensor<3> {
-        let mut h = h;
+        let mut h = h.cast(self.dtype());
         for layer in &self.layers {
             h = layer.forward(h, layout, &mut None);
         }
@@ -163,10 +173,10 @@ impl Llama {
     /// Residual stream after each decoder layer, and after the final norm.
     ///
     /// # Shapes
-    /// - h and all outputs: `[B, S, D]`
+    /// - h and all outputs: `[B, S, D]`, the outputs of the weights' type
     pub fn layer_outputs(&self, h: Tensor<3>, layout: &AttentionLayout) -> (Vec<Tensor<3>>, Tensor<3>) {
         let mut outputs = Vec::with_capacity(self.layers.len());
-        let mut h = h;
+        let mut h = h.cast(self.dtype());
         for layer in &self.layers {
             h = layer.forward(h, layout, &mut None);
             outputs.push(h.clone());
@@ -182,23 +192,23 @@ impl Llama {
     /// As [`Self::forward`] for positions that follow those in the cache, whose keys and values are not computed again.
     ///
     /// # Shapes
-    /// - h: `[B, S, D]`, only the new positions; output: `[B, S, D]`
+    /// - h: `[B, S, D]`, only the new positions; output: `[B, S, D]`, of the weights' type
     pub fn forward_cached(&self, h: Tensor<3>, cache: &mut KvCache) -> Tensor<3> {
         let layout = self.layout_behind(cache.length, h.dims()[1], &h.device());
         cache.length += h.dims()[1];
-        let mut h = h;
+        let mut h = h.cast(self.dtype());
         for (layer, kept) in self.layers.iter().zip(&mut cache.layers) {
             h = layer.forward(h, &layout, &mut Some(kept));
         }
         self.norm.forward(h)
     }
 
-    /// Logits of chosen positions only.
+    /// Logits of chosen positions only, in f32 for the loss.
     ///
     /// # Shapes
-    /// - hidden: `[T, D]`, output: `[T, V]`
+    /// - hidden: `[T, D]`, of the weights' type; output: `[T, V]`
     pub fn logits(&self, hidden: Tensor<2>) -> Tensor<2> {
-        self.lm_head.forward(hidden)
+        self.lm_head.forward(hidden).cast(DType::F32)
     }
 
     /// Plain causal attention over positions 0..S. Right padding needs no mask: real positions never see it.
@@ -217,14 +227,15 @@ impl Llama {
         AttentionLayout { cos, sin, bias }
     }
 
-    /// Cosines and sines, `[B, 1, S, E/2]` each, of B rows of S positions.
+    /// Cosines and sines, `[B, 1, S, E/2]` each and rounded to the weights' type, of B rows of S positions.
     fn rotary_tables(&self, positions: &[Vec<u32>], device: &Device) -> (Tensor<4>, Tensor<4>) {
         let (b, s, half) = (positions.len(), positions.first().map_or(0, Vec::len), self.head_dim / 2);
         let inverse: Vec<f64> =
             (0..half).map(|i| self.rope_theta.powf(-2.0 * i as f64 / self.head_dim as f64)).collect();
         let angles = positions.iter().flatten().flat_map(|&p| inverse.iter().map(move |f| f64::from(p) * f));
         let (sin, cos): (Vec<f32>, Vec<f32>) = angles.map(|a| (a.sin() as f32, a.cos() as f32)).unzip();
-        let tensor = |data: Vec<f32>| Tensor::from_data(TensorData::new(data, [b, 1, s, half]), device);
+        let place = (device, self.dtype());
+        let tensor = |data: Vec<f32>| Tensor::from_data(TensorData::new(data, [b, 1, s, half]), place);
         (tensor(cos), tensor(sin))
     }
 

@@ -9,9 +9,10 @@ pub mod clip;
 pub mod files;
 pub mod llama;
 pub mod projector;
+mod weights;
 
 use crate::config::Activation;
-use burn::tensor::{Tensor, activation};
+use burn::tensor::{DType, Tensor, activation};
 
 /// Apply a configured activation elementwise.
 pub fn activate<const N: usize>(kind: Activation, x: Tensor<N>) -> Tensor<N> {
@@ -29,18 +30,22 @@ pub fn gelu<const N: usize>(x: Tensor<N>) -> Tensor<N> {
     x.clone() * ((x * std::f64::consts::FRAC_1_SQRT_2).erf() * 0.5 + 0.5)
 }
 
-/// Scaled dot-product attention; `bias` is added to the scores (0 or a large negative number).
+/// Scaled dot-product attention; `bias` is added to the scores (0 or a large negative number). Products are computed in the inputs'
+/// type, the scale and the softmax in f32.
 ///
 /// # Shapes
-/// - q: `[B, H, S, E]`; k, v: `[B, H, K, E]`; bias: broadcastable to `[B, H, S, K]`
+/// - q: `[B, H, S, E]`; k, v: `[B, H, K, E]`; bias: broadcastable to `[B, H, S, K]`, f32
 /// - output: `[B, S, H*E]`
 pub(crate) fn attend(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, bias: Option<Tensor<4>>) -> Tensor<3> {
     let [b, h, s, e] = q.dims();
-    let mut scores = (q * (e as f64).powf(-0.5)).matmul(k.swap_dims(2, 3)); // [B,H,S,K]
+    let dtype = q.dtype();
+    // Scaled before the product, so that no score leaves f16's range; in f32, because burn rounds a factor to the tensor's type.
+    let q = (q.cast(DType::F32) * (e as f64).powf(-0.5)).cast(dtype);
+    let mut scores = q.matmul(k.swap_dims(2, 3)).cast(DType::F32); // [B,H,S,K]
     if let Some(bias) = bias {
         scores = scores + bias;
     }
-    let weights = activation::softmax(scores, 3);
+    let weights = activation::softmax(scores, 3).cast(dtype);
     weights.matmul(v).swap_dims(1, 2).reshape([b, s, h * e]) // [B,H,S,E] -> [B,S,H*E]
 }
 

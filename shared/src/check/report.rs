@@ -1,12 +1,12 @@
 //! What a comparison found, for people and as JSON.
 
+use super::CheckError;
 use super::limits::Limit;
-use anyhow::ensure;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// Whether a row is within its limit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Verdict {
     /// Within its limit.
     #[serde(rename = "ok")]
@@ -30,7 +30,7 @@ impl fmt::Display for Verdict {
 }
 
 /// One tensor, or a part of it (`name@part`).
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Row {
     /// Its name in the reference values.
     pub name: String,
@@ -48,7 +48,7 @@ pub struct Row {
 
 impl Row {
     /// A row that was compared; without a limit it fails, so that no tensor passes by oversight.
-    pub(super) fn judged(name: &str, shape: &[usize], deviation: f64, limit: Option<&Limit>, note: String) -> Self {
+    pub fn judged(name: &str, shape: &[usize], deviation: f64, limit: Option<&Limit>, note: String) -> Self {
         let good = limit.is_some_and(|l| deviation <= l.limit);
         let mut notes = vec![note];
         match limit {
@@ -68,7 +68,7 @@ impl Row {
     }
 
     /// A row without a number.
-    pub(super) fn plain(name: &str, shape: &[usize], verdict: Verdict, note: impl Into<String>) -> Self {
+    pub fn plain(name: &str, shape: &[usize], verdict: Verdict, note: impl Into<String>) -> Self {
         Self { name: name.to_owned(), shape: shape.to_vec(), deviation: None, limit: None, verdict, note: note.into() }
     }
 
@@ -84,7 +84,7 @@ impl Row {
 }
 
 /// Counts of all rows.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Summary {
     /// Rows within their limits.
     pub ok: usize,
@@ -97,7 +97,7 @@ pub struct Summary {
 }
 
 /// All rows and their summary.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// In the order of computation.
     pub rows: Vec<Row>,
@@ -137,24 +137,21 @@ impl Report {
     /// An error if a row is past its limit, or if nothing was compared at all.
     ///
     /// # Errors
-    /// How many failed, and the worst of them.
-    pub fn result(&self) -> anyhow::Result<()> {
+    /// [`CheckError::Nothing`]; or [`CheckError::PastLimits`]: how many failed, and the worst of them.
+    pub fn result(&self) -> Result<(), CheckError> {
         let s = &self.summary;
-        ensure!(
-            s.ok + s.failed > 0,
-            "nothing was compared: the reference values hold none of the tensors that are computed here; make them again with tests/fixtures/make_fixture.py"
-        );
+        let compared = s.ok + s.failed;
+        if compared == 0 {
+            return Err(CheckError::Nothing);
+        }
+        if s.failed == 0 {
+            return Ok(());
+        }
         let worst = s.worst.as_deref().and_then(|name| self.row(name));
         let worst = worst.map_or(String::new(), |w| {
             format!("{} (deviation {}, limit {})", w.name, number(w.deviation), number(w.limit))
         });
-        ensure!(
-            s.failed == 0,
-            "{} of {} rows are past their limits, worst {worst}; the first one in the table that fails is nearest to the cause",
-            s.failed,
-            s.ok + s.failed
-        );
-        Ok(())
+        Err(CheckError::PastLimits { failed: s.failed, compared, worst })
     }
 }
 

@@ -1,18 +1,14 @@
 //! Reference values (`expected.safetensors`), and the inputs among them that every comparison starts from.
 
-use anyhow::{Context, anyhow, bail, ensure};
-use fednano_shared::config::ModelConfig;
-use fednano_shared::data::text::Encoded;
-use fednano_shared::edge::Batch;
-use fednano_shared::plain::{AdapterState, BoundaryRequest, Target, TensorBlob};
-use fednano_shared::settings::AdapterChoice;
+use super::CheckError;
+use crate::config::ModelConfig;
+use crate::data::text::Encoded;
+use crate::edge::Batch;
+use crate::plain::{AdapterState, BoundaryReply, BoundaryRequest, Target, TensorBlob};
+use crate::settings::AdapterChoice;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use std::collections::BTreeMap;
-
-/// What every fault of the reference values is remedied by.
-const REMEDY: &str =
-    "make the reference values anew from this checkpoint's settings with tests/fixtures/make_fixture.py";
 
 enum Values {
     Floats(TensorBlob),
@@ -29,9 +25,9 @@ impl Reference {
     ///
     /// # Errors
     /// A damaged file, another number format, or values that are not finite.
-    pub fn parse(bytes: &[u8]) -> anyhow::Result<Self> {
-        let file =
-            SafeTensors::deserialize(bytes).map_err(|e| anyhow!("the reference values are damaged ({e}); {REMEDY}"))?;
+    pub fn parse(bytes: &[u8]) -> Result<Self, CheckError> {
+        let file = SafeTensors::deserialize(bytes)
+            .map_err(|e| CheckError::Reference(format!("the reference values are damaged ({e})")))?;
         let mut tensors = BTreeMap::new();
         for (name, view) in file.iter() {
             tensors.insert(name.to_owned(), values(name, &view)?);
@@ -67,7 +63,7 @@ impl Reference {
     ///
     /// # Errors
     /// Weights that do not fit each other or the model's width.
-    pub fn adapter(&self, dim: usize) -> anyhow::Result<Option<AdapterState>> {
+    pub fn adapter(&self, dim: usize) -> Result<Option<AdapterState>, CheckError> {
         let found = AdapterState::NAMES
             .iter()
             .filter_map(|name| Some(((*name).to_owned(), self.floats(&format!("adapter.{name}"))?.clone())));
@@ -76,48 +72,69 @@ impl Reference {
             return Ok(None);
         };
         let rank = down.shape.first().copied().unwrap_or(0);
-        ensure!(rank > 0, "the reference adapter has rank 0; {REMEDY}");
-        state
-            .check_like(&AdapterState::zeros(AdapterChoice::Both, rank, dim))
-            .with_context(|| format!("the reference adapter cannot be used; {REMEDY}"))?;
-        Ok(Some(state))
+        if rank == 0 {
+            return fault("the reference adapter has rank 0");
+        }
+        match state.check_like(&AdapterState::zeros(AdapterChoice::Both, rank, dim)) {
+            Ok(()) => Ok(Some(state)),
+            Err(e) => fault(format!("the reference adapter cannot be used: {e}")),
+        }
     }
 
-    fn need(&self, name: &str, shape: &[usize]) -> anyhow::Result<TensorBlob> {
-        let found = self.floats(name).with_context(|| missing(name))?;
-        ensure!(found.shape == shape, misfit(name, &found.shape, shape));
-        Ok(found.clone())
+    /// The server's reply to the adapted embeddings: what the client's half goes on from where there is no server.
+    ///
+    /// # Errors
+    /// A part of it that is missing or misshapen.
+    pub fn adapter_reply(&self, inputs: &Inputs) -> Result<BoundaryReply, CheckError> {
+        let loss = self.need("adapter.loss", &[1])?.data;
+        Ok(BoundaryReply {
+            loss: loss.first().copied().unwrap_or(f32::NAN),
+            row_loss: self.need("adapter.per_sample_loss", &[inputs.rows])?.data,
+            gradient: self.need("adapter.grad.inputs_embeds", &[inputs.rows, inputs.seq, inputs.dim])?,
+        })
     }
 
-    fn need_whole(&self, name: &str, shape: &[usize]) -> anyhow::Result<&[i64]> {
-        let (found, data) = self.whole(name).with_context(|| missing(name))?;
-        ensure!(found == shape, misfit(name, found, shape));
-        Ok(data)
+    fn need(&self, name: &str, shape: &[usize]) -> Result<TensorBlob, CheckError> {
+        let found = self.floats(name).ok_or_else(|| missing(name))?;
+        if found.shape == shape { Ok(found.clone()) } else { misfit(name, &found.shape, shape) }
+    }
+
+    fn need_whole(&self, name: &str, shape: &[usize]) -> Result<&[i64], CheckError> {
+        let (found, data) = self.whole(name).ok_or_else(|| missing(name))?;
+        if found == shape { Ok(data) } else { misfit(name, found, shape) }
     }
 }
 
-fn missing(name: &str) -> String {
-    format!("the reference values lack '{name}'; {REMEDY}")
+fn missing(name: &str) -> CheckError {
+    CheckError::Reference(format!("the reference values lack '{name}'"))
 }
 
-fn misfit(name: &str, found: &[usize], shape: &[usize]) -> String {
-    format!("'{name}' of the reference values has shape {found:?}, this checkpoint needs {shape:?}; {REMEDY}")
+fn misfit<T>(name: &str, found: &[usize], shape: &[usize]) -> Result<T, CheckError> {
+    fault(format!("'{name}' of the reference values has shape {found:?}, this checkpoint needs {shape:?}"))
 }
 
-fn values(name: &str, view: &TensorView<'_>) -> anyhow::Result<Values> {
+fn fault<T>(cause: impl Into<String>) -> Result<T, CheckError> {
+    Err(CheckError::Reference(cause.into()))
+}
+
+fn values(name: &str, view: &TensorView<'_>) -> Result<Values, CheckError> {
     let shape = view.shape().to_vec();
     Ok(match view.dtype() {
         Dtype::F32 => {
             let data: Vec<f32> = view.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
             let blob = TensorBlob { shape, data };
-            blob.check(name, view.shape()).with_context(|| format!("the reference values cannot be used; {REMEDY}"))?;
-            Values::Floats(blob)
+            match blob.check(name, view.shape()) {
+                Ok(()) => Values::Floats(blob),
+                Err(e) => return fault(format!("the reference values cannot be used: {e}")),
+            }
         }
         Dtype::I64 => {
             Values::Whole(shape, view.data().as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b)).collect())
         }
         Dtype::U8 => Values::Whole(shape, view.data().iter().map(|b| i64::from(*b)).collect()),
-        other => bail!("'{name}' of the reference values is stored as {other}, known are F32, I64 and U8; {REMEDY}"),
+        other => {
+            return fault(format!("'{name}' of the reference values is stored as {other}, known are F32, I64 and U8"));
+        }
     })
 }
 
@@ -150,42 +167,47 @@ impl Inputs {
     ///
     /// # Errors
     /// The first tensor that is missing or does not belong to a model of this configuration.
-    pub fn of(reference: &Reference, config: &ModelConfig) -> anyhow::Result<Self> {
-        let (shape, ids) = reference.whole("input_ids").with_context(|| missing("input_ids"))?;
-        let [rows, seq] = shape[..] else {
-            bail!(misfit("input_ids", shape, &[2, config.text.max_positions]));
-        };
+    pub fn of(reference: &Reference, config: &ModelConfig) -> Result<Self, CheckError> {
         let (text, size) = (&config.text, config.vision.image_size);
-        ensure!(
-            rows > 0 && (1..=text.max_positions).contains(&seq),
-            misfit("input_ids", shape, &[2, text.max_positions])
-        );
+        let (shape, ids) = reference.whole("input_ids").ok_or_else(|| missing("input_ids"))?;
+        let [rows, seq] = shape[..] else {
+            return misfit("input_ids", shape, &[2, text.max_positions]);
+        };
+        if rows == 0 || !(1..=text.max_positions).contains(&seq) {
+            return misfit("input_ids", shape, &[2, text.max_positions]);
+        }
         let known = |id: i64| u32::try_from(id).ok().filter(|id| (*id as usize) < text.vocab);
         let ids: Option<Vec<u32>> = ids.iter().map(|id| known(*id)).collect();
-        let ids = ids.with_context(|| format!("'input_ids' exceeds the vocabulary of {}; {REMEDY}", text.vocab))?;
+        let Some(ids) = ids else {
+            return fault(format!("'input_ids' exceeds the vocabulary of {}", text.vocab));
+        };
         let mut lengths = Vec::with_capacity(rows);
         for row in reference.need_whole("attention_mask", &[rows, seq])?.chunks_exact(seq) {
             let length = row.iter().take_while(|m| **m == 1).count();
-            ensure!(
-                length > 0 && row[length..].iter().all(|m| *m == 0),
-                "'attention_mask' of the reference values is not that of right-padded rows; {REMEDY}"
-            );
+            if length == 0 || row[length..].iter().any(|m| *m != 0) {
+                return fault("'attention_mask' of the reference values is not that of right-padded rows");
+            }
             lengths.push(length);
         }
         let mut prompt_lengths = Vec::with_capacity(rows);
         for (length, prompt) in lengths.iter().zip(reference.need_whole("prompt_lengths", &[rows])?) {
-            let prompt = usize::try_from(*prompt).ok().filter(|p| (1..=*length).contains(p));
-            prompt_lengths.push(prompt.with_context(|| format!("'prompt_lengths' is outside the rows; {REMEDY}"))?);
+            match usize::try_from(*prompt).ok().filter(|p| (1..=*length).contains(p)) {
+                Some(prompt) => prompt_lengths.push(prompt),
+                None => return fault("'prompt_lengths' of the reference values is outside the rows"),
+            }
         }
         let mut targets = Vec::new();
         for (row, labels) in reference.need_whole("labels", &[rows, seq])?.chunks_exact(seq).enumerate() {
             let before = targets.len();
             for (t, label) in labels.iter().enumerate().filter(|(_, l)| **l >= 0) {
-                let token = known(*label).filter(|_| t > 0 && t < lengths[row]);
-                let token = token.with_context(|| format!("'labels' has {label} at [{row}, {t}]; {REMEDY}"))?;
+                let Some(token) = known(*label).filter(|_| t > 0 && t < lengths[row]) else {
+                    return fault(format!("'labels' of the reference values has {label} at [{row}, {t}]"));
+                };
                 targets.push(Target { row: row as u32, position: t as u32 - 1, token });
             }
-            ensure!(targets.len() > before, "'labels' has no target in row {row}; {REMEDY}");
+            if targets.len() == before {
+                return fault(format!("'labels' of the reference values has no target in row {row}"));
+            }
         }
         Ok(Self {
             rows,
@@ -264,7 +286,7 @@ mod tests {
 
     #[test]
     fn faults_name_cause_and_remedy() {
-        let fault = |bytes: &[u8]| format!("{:#}", Reference::parse(bytes).err().unwrap());
+        let fault = |bytes: &[u8]| Reference::parse(bytes).err().unwrap().to_string();
         let nan: Vec<u8> = [1.0f32, f32::NAN].iter().flat_map(|v| v.to_le_bytes()).collect();
         for (bytes, word) in [
             (b"nonsense".to_vec(), "damaged"),

@@ -5,11 +5,11 @@
 use super::limits::limit_of;
 use super::reference::{Inputs, Reference};
 use super::report::{Report, Row, Verdict};
-use fednano_shared::plain::TensorBlob;
+use crate::plain::TensorBlob;
 
 /// Which values of a tensor count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Part {
+pub enum Part {
     /// All.
     All,
     /// Of `[B, S, ..]`, those at unpadded positions.
@@ -19,9 +19,11 @@ pub(super) enum Part {
 }
 
 /// Collects rows.
-pub(super) struct Table<'a> {
-    pub(super) reference: &'a Reference,
-    pub(super) inputs: &'a Inputs,
+pub struct Table<'a> {
+    /// What is compared with.
+    pub reference: &'a Reference,
+    /// What every stage starts from.
+    pub inputs: &'a Inputs,
     rows: Vec<Row>,
 }
 
@@ -44,12 +46,13 @@ fn difference(got: &[f32], want: &[f32], counts: impl Fn(usize) -> bool) -> f64 
 }
 
 impl<'a> Table<'a> {
-    pub(super) fn new(reference: &'a Reference, inputs: &'a Inputs) -> Self {
+    /// No rows yet.
+    pub fn new(reference: &'a Reference, inputs: &'a Inputs) -> Self {
         Self { reference, inputs, rows: Vec::new() }
     }
 
     /// Compare numbers.
-    pub(super) fn add(&mut self, row: &str, got: &TensorBlob, part: Part) {
+    pub fn add(&mut self, row: &str, got: &TensorBlob, part: Part) {
         let Some(want) = self.expected(row, &got.shape) else {
             return;
         };
@@ -59,13 +62,13 @@ impl<'a> Table<'a> {
     }
 
     /// Compare a gradient: everywhere, and at image positions alone, where it is an order of magnitude smaller.
-    pub(super) fn add_gradient(&mut self, row: &str, got: &TensorBlob) {
+    pub fn add_gradient(&mut self, row: &str, got: &TensorBlob) {
         self.add(row, got, Part::Real);
         self.add(&format!("{row}@image"), got, Part::Image);
     }
 
     /// Compare numbers whose noise is that of other, larger ones (`scale` is the largest of these).
-    pub(super) fn add_scaled(&mut self, row: &str, got: &TensorBlob, scale: f64) {
+    pub fn add_scaled(&mut self, row: &str, got: &TensorBlob, scale: f64) {
         let Some(want) = self.expected(row, &got.shape) else {
             return;
         };
@@ -74,13 +77,13 @@ impl<'a> Table<'a> {
     }
 
     /// Compare two results of this program.
-    pub(super) fn add_own(&mut self, row: &str, got: &TensorBlob, want: &TensorBlob, note: &str) {
+    pub fn add_own(&mut self, row: &str, got: &TensorBlob, want: &TensorBlob, note: &str) {
         let found = if got.shape == want.shape { deviation(&got.data, &want.data, |_| true) } else { f64::INFINITY };
         self.judge(row, &got.shape, found, note.to_owned());
     }
 
     /// Compare whole numbers, which must be equal; the deviation is the number of those that are not.
-    pub(super) fn add_whole(&mut self, row: &str, shape: &[usize], got: &[i64], part: Part) {
+    pub fn add_whole(&mut self, row: &str, shape: &[usize], got: &[i64], part: Part) {
         let reference = self.reference;
         let Some((want_shape, want)) = reference.whole(base(row)) else {
             return self.absent(row, shape);
@@ -96,23 +99,24 @@ impl<'a> Table<'a> {
     }
 
     /// A deviation that was computed elsewhere.
-    pub(super) fn judge(&mut self, row: &str, shape: &[usize], deviation: f64, note: String) {
+    pub fn judge(&mut self, row: &str, shape: &[usize], deviation: f64, note: String) {
         self.rows.push(Row::judged(row, shape, deviation, limit_of(row), note));
     }
 
     /// Something that should have been computed and could not be.
-    pub(super) fn fail(&mut self, row: &str, shape: &[usize], note: impl Into<String>) {
+    pub fn fail(&mut self, row: &str, shape: &[usize], note: impl Into<String>) {
         self.rows.push(Row::plain(row, shape, Verdict::Failed, note));
     }
 
     /// A tensor of the reference that is not compared.
-    pub(super) fn skip(&mut self, row: &str, note: impl Into<String>) {
+    pub fn skip(&mut self, row: &str, note: impl Into<String>) {
         let shape = self.shape_of(base(row));
         self.rows.push(Row::plain(row, &shape, Verdict::NotComputed, note));
     }
 
-    /// All rows; whatever the reference holds beyond them is listed, so that nothing seems compared that is not.
-    pub(super) fn finish(mut self) -> Report {
+    /// All rows; whatever the reference holds beyond them is listed with the note `uncompared`, so that nothing seems compared
+    /// that is not.
+    pub fn finish(mut self, uncompared: &str) -> Report {
         let names: Vec<String> = self.reference.shapes().map(|(name, _)| name.to_owned()).collect();
         for name in names {
             if self.rows.iter().any(|r| r.name == name) {
@@ -120,10 +124,7 @@ impl<'a> Table<'a> {
             }
             let given = ["image.down", "image.up", "text.down", "text.up"];
             let is_given = name.strip_prefix("adapter.").is_some_and(|n| given.contains(&n));
-            self.skip(
-                &name,
-                if is_given { "given: the weights of adapter.*" } else { "no counterpart in this program" },
-            );
+            self.skip(&name, if is_given { "given: the weights of adapter.*" } else { uncompared });
         }
         Report::new(self.rows)
     }

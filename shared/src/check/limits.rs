@@ -1,4 +1,4 @@
-//! How far a value may be from its reference: one table for `fednano check` and the tests.
+//! How far a value may be from its reference: one table for `fednano check`, the tab and the tests, on every device.
 //!
 //! A deviation is `max|got - want| / max|want|` over unpadded positions where the source says nothing else. Noise is the worst of
 //! ten fixtures against a second f32 implementation and against float64; a mistake is the smallest effect of 18 planted ones.

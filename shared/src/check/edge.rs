@@ -1,58 +1,64 @@
 //! The client's half: pictures, texts, vision tower, projector, embeddings.
 
 use super::table::{Part, Table};
-use super::tensor;
-use crate::datasets::read_picture;
+use super::{CheckError, META, Originals, tensor};
+use crate::config::ModelConfig;
+use crate::data::picture::{Picture, Preprocess};
+use crate::data::text::{Encoded, LLAVA_PROMPT, TextCodec};
+use crate::edge::NanoEdge;
+use crate::model::adapter::read;
+use crate::model::checkpoint::{EdgeParts, Weights, load_edge};
+use crate::model::files::SmallFiles;
+use crate::plain::TensorBlob;
 use burn::tensor::Device;
-use fednano_shared::bundle::table::TokenTable;
-use fednano_shared::data::picture::{Picture, Preprocess};
-use fednano_shared::data::text::{Encoded, LLAVA_PROMPT, TextCodec};
-use fednano_shared::edge::NanoEdge;
-use fednano_shared::model::adapter::read;
-use fednano_shared::model::checkpoint::load_edge;
-use fednano_shared::model::files::ModelFiles;
-use fednano_shared::plain::TensorBlob;
 use serde::Deserialize;
-use std::path::Path;
 
 /// A label that is not learned from.
 const IGNORED: i64 = -100;
 
-/// Compare the client's half; the token table is given back for decoding.
-pub(super) async fn compare(
+/// Compare the client's half of a checkpoint; what was loaded onto `device` for it is given back.
+///
+/// # Errors
+/// Tensors that do not fit, a lost device.
+pub async fn compare(
     table: &mut Table<'_>,
-    files: &ModelFiles,
-    dir: &Path,
+    small: SmallFiles,
+    weights: &Weights,
+    originals: &Originals,
     device: &Device,
-) -> anyhow::Result<TokenTable> {
-    if let Err(cause) = pictures(table, &files.preprocess, dir) {
+) -> Result<NanoEdge, CheckError> {
+    if let Err(cause) = pictures(table, &small.preprocess, originals) {
         for name in ["image_u8", "pixel_values"] {
             table.skip(name, cause.clone());
         }
     }
-    normalisation(table, &files.preprocess);
-    if let Err(cause) = texts(table, &files.text, dir) {
+    normalisation(table, &small.preprocess);
+    if let Err(cause) = texts(table, &small.text, originals) {
         for name in ["input_ids", "prompt_lengths", "labels", "attention_mask"] {
             table.skip(name, cause.clone());
         }
     }
-    let (token_table, features) = vision(table, files, device).await?;
-    embeddings(table, files, &token_table, &features, device)?;
-    Ok(token_table)
+    let SmallFiles { config, text, preprocess } = small;
+    let parts = load_edge(&config, weights, device)?;
+    let features = vision(table, &config, &parts, device).await?;
+    let edge = NanoEdge::from_parts(config, text, preprocess, parts, device);
+    embeddings(table, &edge, &features);
+    Ok(edge)
 }
 
-/// From the picture files to pixel values, in levels of 255.
-fn pictures(table: &mut Table<'_>, preprocess: &Preprocess, dir: &Path) -> Result<(), String> {
-    let (mut levels, mut pixels) = (Vec::new(), Vec::new());
-    for row in 0..table.inputs.rows {
-        let path = dir.join(format!("images/image_{row}.png"));
-        let fault = |cause: String| format!("{}: {cause}", path.display());
-        let picture = read_picture(&path).map_err(fault)?;
-        let resized = preprocess.resize(&picture).map_err(|e| fault(e.to_string()))?;
-        levels.extend(resized.rgb.iter().map(|v| i64::from(*v)));
-        pixels.extend(preprocess.pixels(&picture).map_err(|e| fault(e.to_string()))?);
-    }
+/// From decoded pictures to pixel values, in levels of 255.
+fn pictures(table: &mut Table<'_>, preprocess: &Preprocess, originals: &Originals) -> Result<(), String> {
     let (rows, size) = (table.inputs.rows, preprocess.crop);
+    let pictures = originals.pictures.as_ref().map_err(String::clone)?;
+    if pictures.len() != rows {
+        return Err(format!("there are {} pictures, the reference values have {rows}", pictures.len()));
+    }
+    let (mut levels, mut pixels) = (Vec::new(), Vec::new());
+    for (row, picture) in pictures.iter().enumerate() {
+        let resized = preprocess.resize(picture).map_err(|e| format!("picture {row}: {e}"))?;
+        levels.extend(resized.rgb.iter().map(|v| i64::from(*v)));
+        pixels.extend(preprocess.pixels(picture).map_err(|e| format!("picture {row}: {e}"))?);
+    }
     let shape = [rows, size, size, 3];
     let reference = table.reference;
     match reference.whole("image_u8") {
@@ -99,7 +105,7 @@ fn normalisation(table: &mut Table<'_>, preprocess: &Preprocess) {
     table.add(row, &TensorBlob { shape, data }, Part::All);
 }
 
-/// `meta.json`, as far as it is needed.
+/// [`META`], as far as it is needed.
 #[derive(Deserialize)]
 struct Meta {
     samples: Vec<Sample>,
@@ -112,11 +118,10 @@ struct Sample {
 }
 
 /// From the texts to ids and labels.
-fn texts(table: &mut Table<'_>, codec: &TextCodec, dir: &Path) -> Result<(), String> {
-    let path = dir.join("meta.json");
-    let fault = |cause: String| format!("{}: {cause}", path.display());
-    let json = std::fs::read(&path).map_err(|e| fault(e.to_string()))?;
-    let meta: Meta = serde_json::from_slice(&json).map_err(|e| fault(e.to_string()))?;
+fn texts(table: &mut Table<'_>, codec: &TextCodec, originals: &Originals) -> Result<(), String> {
+    let fault = |cause: String| format!("{META}: {cause}");
+    let json = originals.meta.as_ref().map_err(String::clone)?;
+    let meta: Meta = serde_json::from_slice(json).map_err(|e| fault(e.to_string()))?;
     let encoded = meta.samples.iter().map(|s| encode(codec, s)).collect::<Result<Vec<_>, _>>().map_err(fault)?;
     let (rows, seq) = (table.inputs.rows, table.inputs.seq);
     if encoded.len() != rows {
@@ -169,12 +174,12 @@ fn encode(codec: &TextCodec, sample: &Sample) -> Result<Encoded, String> {
 /// From the reference's pixel values to image features `[B, P, D]`.
 async fn vision(
     table: &mut Table<'_>,
-    files: &ModelFiles,
+    config: &ModelConfig,
+    parts: &EdgeParts,
     device: &Device,
-) -> anyhow::Result<(TokenTable, TensorBlob)> {
-    let parts = load_edge(&files.config, &files.weights, device)?;
+) -> Result<TensorBlob, CheckError> {
     let pixels = tensor::<4>(&table.inputs.pixels, device);
-    let (run, all) = (files.config.feature_layer, files.config.vision.layers);
+    let (run, all) = (config.feature_layer, config.vision.layers);
     for (i, state) in parts.vision.hidden_states(pixels.clone()).into_iter().enumerate() {
         let state = read(state).await?;
         table.add(&format!("vision.hidden_states.{i}"), &state, Part::All);
@@ -192,26 +197,20 @@ async fn vision(
     table.add("vision.selected", &read(selected.clone()).await?, Part::All);
     let features = read(parts.projector.forward(selected)).await?;
     table.add("image_features", &features, Part::All);
-    Ok((parts.token_table, features))
+    Ok(features)
 }
 
 /// From ids and features to the decoder's input, as batches are assembled.
-fn embeddings(
-    table: &mut Table<'_>,
-    files: &ModelFiles,
-    token_table: &TokenTable,
-    features: &TensorBlob,
-    device: &Device,
-) -> anyhow::Result<()> {
+fn embeddings(table: &mut Table<'_>, edge: &NanoEdge, features: &TensorBlob) {
     let inputs = table.inputs;
     let (rows, seq, dim) = (inputs.rows, inputs.seq, inputs.dim);
     let mut text = TensorBlob::zeros(&[rows, seq, dim]);
     for (id, out) in inputs.ids.iter().zip(text.data.chunks_exact_mut(dim)) {
-        token_table.row_into(*id as usize, out);
+        out.copy_from_slice(&edge.assemble_token(*id).x.data);
     }
     table.add("text_embeds", &text, Part::Real);
 
-    let count = files.config.image_tokens();
+    let count = edge.config.image_tokens();
     let encoded: Option<Vec<Encoded>> = (0..rows).map(|row| inputs.encoded(row, count)).collect();
     let Some(encoded) = encoded.filter(|_| features.shape == [rows, count, dim]) else {
         let note =
@@ -219,9 +218,8 @@ fn embeddings(
         for name in ["inputs_embeds", "image_mask", "labels@batch"] {
             table.fail(name, &[rows, seq], note.clone());
         }
-        return Ok(());
+        return;
     };
-    let edge = NanoEdge::load(files, device)?;
     let parts: Vec<(&Encoded, &[f32])> = encoded.iter().zip(features.data.chunks_exact(count * dim)).collect();
     let batch = edge.assemble(&parts);
     table.add("inputs_embeds", &batch.x, Part::Real);
@@ -234,5 +232,4 @@ fn embeddings(
         }
     }
     table.add_whole("labels@batch", &[rows, seq], &labels, Part::All);
-    Ok(())
 }

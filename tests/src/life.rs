@@ -1,0 +1,193 @@
+//! Signs of life: whoever goes silent without a goodbye is noticed, whoever only has nothing to say is not.
+
+use anyhow::Context;
+use fednano_server::edge_bundle;
+use fednano_server::http::{self, Site};
+use fednano_server::native::{SocketConnector, channel};
+use fednano_server::session::{self, SignsOfLife};
+use fednano_shared::bundle::EdgeDtype;
+use fednano_shared::client::{Connector, Transport, TransportError};
+use fednano_shared::model::files::ModelFiles;
+use fednano_shared::settings::FederationSettings;
+use fednano_shared::wire::{self, ClientMessage, Hello, Purpose, ServerMessage, SessionToken};
+use fednano_tests::{LIMIT, Server, block, hello, nano_llava, repository};
+use futures_util::{SinkExt, StreamExt};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::{Instant, timeout_at};
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// Soon over.
+const SHORT: SignsOfLife = SignsOfLife { beat: Duration::from_millis(50), silence: Duration::from_millis(300) };
+/// Soon over, but not because the machine is busy.
+const PATIENT: SignsOfLife = SignsOfLife { beat: Duration::from_millis(50), silence: Duration::from_secs(1) };
+
+/// A server with a second door, at which peers are watched with this patience.
+struct Watched {
+    server: Server,
+    socket: String,
+    _folder: tempfile::TempDir,
+}
+
+impl Watched {
+    async fn start(signs: SignsOfLife) -> anyhow::Result<Self> {
+        let folder = tempfile::tempdir()?;
+        // Nobody trains: for two too few are there.
+        let settings = FederationSettings { min_participants: 2, ..Default::default() };
+        let server = Server::start_model(&nano_llava(), settings, folder.path()).await?;
+        let files = ModelFiles::open(&nano_llava())?;
+        let bundle = edge_bundle::prepare(&nano_llava(), &files, EdgeDtype::F16, folder.path(), |_, _| {})?;
+        let (shared, sessions) = (server.app.shared(), TaskTracker::new());
+        let site = Arc::new(Site { shared, bundle, www: repository().join("www"), sessions });
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let socket = format!("ws://{}/ws", listener.local_addr()?);
+        tokio::spawn(http::serve_with(listener, site, signs, server.shutdown.clone().cancelled_owned()));
+        Ok(Self { server, socket, _folder: folder })
+    }
+
+    /// Is participant 1, the only one, connected, as everybody sees it?
+    fn connected(&self) -> anyhow::Result<bool> {
+        let status = self.server.app.federation("test").context("no federation")?.status();
+        match &status.participants[..] {
+            [] => Ok(false),
+            [one] => Ok(one.connected),
+            several => anyhow::bail!("{} participants instead of 1", several.len()),
+        }
+    }
+
+    async fn until(&self, connected: bool) -> anyhow::Result<()> {
+        while self.connected()? != connected {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        Ok(())
+    }
+}
+
+type Raw = WebSocketStream<MaybeTlsStream<TcpStream>>;
+
+/// Join by a socket that answers pings only while it is read.
+async fn join(url: &str, resume: Option<SessionToken>) -> anyhow::Result<(Raw, SessionToken)> {
+    let (mut socket, _) = tokio_tungstenite::connect_async(url).await?;
+    let hello = ClientMessage::Hello(Hello { resume, ..hello("lid", 3, Purpose::Train) });
+    socket.send(Message::Binary(wire::encode(&hello).into())).await?;
+    while let Some(message) = socket.next().await {
+        if let Message::Binary(frame) = message? {
+            match wire::decode(&frame)? {
+                ServerMessage::Welcome { token, .. } => return Ok((socket, token)),
+                other => anyhow::bail!("{other:?} instead of a welcome"),
+            }
+        }
+    }
+    anyhow::bail!("the connection closed without a word")
+}
+
+/// Read, and so answer, until the server has asked for so many signs of life.
+async fn answer_pings(socket: &mut Raw, count: usize) -> anyhow::Result<()> {
+    let mut pings = 0;
+    while pings < count {
+        let message = socket.next().await.context("the server closed the connection")??;
+        pings += usize::from(matches!(message, Message::Ping(_)));
+    }
+    Ok(())
+}
+
+/// A lid that closes: no goodbye, no answer any more. The federation hears of it, and it may come back as itself.
+pub fn silent() -> anyhow::Result<()> {
+    block(LIMIT, async {
+        let watched = Watched::start(PATIENT).await?;
+        let (mut socket, token) = join(&watched.socket, None).await?;
+        watched.until(true).await?;
+        answer_pings(&mut socket, 5).await?;
+        // From here on nobody reads it, and it stays open.
+        watched.until(false).await?;
+        drop(socket);
+        let (mut again, same) = join(&watched.socket, Some(token.clone())).await?;
+        anyhow::ensure!(same == token, "it came back as somebody else");
+        watched.until(true).await?;
+        answer_pings(&mut again, 1).await?;
+        watched.server.stop().await
+    })
+}
+
+/// Nothing to say, but each sign of life is answered: nobody is given up for that.
+pub fn quiet() -> anyhow::Result<()> {
+    block(LIMIT, async {
+        let watched = Watched::start(PATIENT).await?;
+        // The server's signs of life keep this side content too.
+        let connector = SocketConnector::new(&watched.socket, CancellationToken::new());
+        let mut socket = connector.with_silence(PATIENT.silence).connect().await?;
+        socket.send(wire::encode(&ClientMessage::Hello(hello("quiet", 3, Purpose::Train)))).await?;
+        watched.until(true).await?;
+        let end = Instant::now() + PATIENT.silence * 3;
+        let mut heard = 0;
+        while let Ok(frame) = timeout_at(end, socket.receive()).await {
+            frame?;
+            heard += 1;
+            anyhow::ensure!(watched.connected()?, "it was given up after {heard} messages");
+        }
+        anyhow::ensure!(heard > 3, "{heard} messages: a page would not know that the server lives");
+        watched.server.stop().await
+    })
+}
+
+/// Channels know no signs of life; who has never given one is not expected to.
+pub fn unwatched() -> anyhow::Result<()> {
+    block(LIMIT, async {
+        let watched = Watched::start(SHORT).await?;
+        let (server_end, mut client) = channel();
+        tokio::spawn(session::run_with(server_end, watched.server.app.shared(), SHORT));
+        client.send(wire::encode(&ClientMessage::Hello(hello("channel", 3, Purpose::Train)))).await?;
+        watched.until(true).await?;
+        let end = Instant::now() + SHORT.silence * 5;
+        while let Ok(frame) = timeout_at(end, client.receive()).await {
+            let message: ServerMessage = wire::decode(&frame?)?;
+            let expected = matches!(message, ServerMessage::Welcome { .. } | ServerMessage::Status(_));
+            anyhow::ensure!(expected, "{message:?} to somebody in the lobby");
+            anyhow::ensure!(watched.connected()?, "it was given up");
+        }
+        // It is still listened to.
+        client.send(wire::encode(&ClientMessage::Leave)).await?;
+        watched.until(false).await?;
+        watched.server.stop().await
+    })
+}
+
+/// The other way round: a native client gives up a server that is silent, and not one that only pings.
+pub fn silent_server() -> anyhow::Result<()> {
+    block(LIMIT, async {
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let url = format!("ws://{}", listener.local_addr()?);
+        let connect = |silence: Duration| {
+            let connector = SocketConnector::new(&url, CancellationToken::new());
+            async move { connector.with_silence(silence).connect().await }
+        };
+        let accept = async || anyhow::Ok(tokio_tungstenite::accept_async(listener.accept().await?.0).await?);
+
+        let (client, mute) = tokio::join!(connect(SHORT.silence), accept());
+        let (mut client, _mute) = (client?, mute?);
+        match client.receive().await {
+            Err(TransportError::Lost(cause)) => anyhow::ensure!(cause.contains("silent for 0.3 s"), "{cause}"),
+            other => anyhow::bail!("{other:?} from a server that says nothing"),
+        }
+
+        let (client, alive) = tokio::join!(connect(PATIENT.silence), accept());
+        let (mut client, mut alive) = (client?, alive?);
+        let speak = async {
+            let end = Instant::now() + PATIENT.silence * 2;
+            while Instant::now() < end {
+                alive.send(Message::Ping(Vec::<u8>::new().into())).await?;
+                tokio::time::sleep(PATIENT.beat).await;
+            }
+            alive.send(Message::Binary(vec![7u8].into())).await
+        };
+        let (frame, spoken) = tokio::join!(client.receive(), speak);
+        spoken?;
+        let frame = frame?;
+        anyhow::ensure!(frame == [7], "{frame:?} instead of what was sent");
+        Ok(())
+    })
+}

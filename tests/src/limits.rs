@@ -1,0 +1,183 @@
+//! Limits: what is too large for one computation is split, with the same result; what is over a limit of the protocol is named
+//! with its cause and remedy.
+
+use anyhow::Context;
+use burn::tensor::Device;
+use fednano_server::llm_host::{self, Bounds, LlmHandle};
+use fednano_server::native::SocketConnector;
+use fednano_shared::client::{Connector, Transport};
+use fednano_shared::plain::{BoundaryReply, BoundaryRequest, Target, TensorBlob};
+use fednano_shared::settings::FederationSettings;
+use fednano_shared::wire::{self, ClientMessage, FaultCode, Hello, Purpose, ServerMessage};
+use fednano_tests::{LIMIT, Server, block, close, fixture, halves, hello, nano_llava, repository};
+use tokio_util::sync::CancellationToken;
+
+/// The same numbers in another order of summation.
+const NOISE: f64 = 1e-4;
+/// Positions of each row, padding included.
+const SEQ: usize = 12;
+/// Targets of each row: some have none, the third has most.
+const TARGETS: [u32; 7] = [2, 0, 5, 1, 0, 3, 1];
+
+/// Width and vocabulary of the reference checkpoint.
+struct Sizes {
+    dim: usize,
+    vocab: usize,
+}
+
+impl Sizes {
+    /// Room for so many rows and targets at once.
+    fn bounds(&self, rows: usize, targets: usize) -> Bounds {
+        Bounds { attention: rows * SEQ * SEQ, logits: targets * self.vocab }
+    }
+
+    /// Rows of different lengths, the answer at the end of each.
+    fn request(&self) -> BoundaryRequest {
+        let rows = TARGETS.len();
+        let value = |i: usize| ((i * 37 + i / 11) % 101) as f32 * 0.01 - 0.5;
+        let vocab = self.vocab as u32;
+        let answer = |row: u32| {
+            let end = SEQ as u32 - row;
+            let first = end - TARGETS[row as usize];
+            (first..end).map(move |position| Target { row, position, token: (row * 31 + position * 7) % vocab })
+        };
+        BoundaryRequest {
+            hidden: TensorBlob {
+                shape: vec![rows, SEQ, self.dim],
+                data: (0..rows * SEQ * self.dim).map(value).collect(),
+            },
+            lengths: (0..rows).map(|row| (SEQ - row) as u32).collect(),
+            targets: (0..rows as u32).flat_map(answer).collect(),
+        }
+    }
+}
+
+/// The reference checkpoint's LLM, within bounds that depend on its sizes (none: those of a server).
+fn host(bounds: Option<(usize, usize)>) -> anyhow::Result<(LlmHandle, Sizes)> {
+    let half = halves(&fixture(), &Device::flex())?;
+    let sizes = Sizes { dim: half.files.config.text.hidden, vocab: half.files.config.text.vocab };
+    let bounds = bounds.map_or_else(Bounds::default, |(rows, targets)| sizes.bounds(rows, targets));
+    Ok((llm_host::start_with(half.llm, true, bounds)?, sizes))
+}
+
+fn list(values: &[f32]) -> TensorBlob {
+    TensorBlob { shape: vec![values.len()], data: values.to_vec() }
+}
+
+fn same(got: &BoundaryReply, want: &BoundaryReply) -> anyhow::Result<()> {
+    close("loss", &list(&[got.loss]), &list(&[want.loss]), NOISE)?;
+    close("loss of rows", &list(&got.row_loss), &list(&want.row_loss), NOISE)?;
+    close("gradient", &got.gradient, &want.gradient, NOISE)
+}
+
+/// Bounds that take several parts (for the rows, for the targets, for both) change nothing but the last bits.
+pub fn split_equals_whole() -> anyhow::Result<()> {
+    block(LIMIT, async {
+        let (whole, sizes) = host(None)?;
+        let request = sizes.request();
+        let trained = whole.train(request.clone()).await.map_err(anyhow::Error::msg)?;
+        let evaluated = whole.evaluate(request.clone()).await.map_err(anyhow::Error::msg)?;
+        anyhow::ensure!(evaluated.nll.len() == 12, "{} targets", evaluated.nll.len());
+        for (rows, targets) in [(2, 99), (99, 5), (3, 6), (1, 5)] {
+            println!("{rows} rows and {targets} targets at once");
+            let (split, _) = host(Some((rows, targets)))?;
+            same(&split.train(request.clone()).await.map_err(anyhow::Error::msg)?, &trained)?;
+            let parts = split.evaluate(request.clone()).await.map_err(anyhow::Error::msg)?;
+            close("loss of targets", &list(&parts.nll), &list(&evaluated.nll), NOISE)?;
+            anyhow::ensure!(parts.predicted == evaluated.predicted, "other tokens are predicted");
+            // Several that wait together are not mixed up, nor merged beyond the bounds.
+            let [a, b, c] = [(); 3].map(|()| split.train(request.clone()));
+            let (a, b, c) = tokio::join!(a, b, c);
+            for reply in [a, b, c] {
+                same(&reply.map_err(anyhow::Error::msg)?, &trained)?;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// One row that is too large by itself is refused, and the next request is computed.
+pub fn too_large_a_row() -> anyhow::Result<()> {
+    block(LIMIT, async {
+        let (narrow, sizes) = host(Some((7, 4)))?;
+        let request = sizes.request();
+        for fault in [narrow.train(request.clone()).await.err(), narrow.evaluate(request.clone()).await.err()] {
+            let fault = fault.context("a row with more targets than fit was computed")?;
+            println!("{fault}");
+            anyhow::ensure!(fault.code == FaultCode::Invalid, "{:?}", fault.code);
+            anyhow::ensure!(fault.cause.contains("row 2 of 12 positions and 5 targets"), "{fault}");
+            anyhow::ensure!(fault.remedy.contains("shorten"), "{fault}");
+        }
+        let (none, _) = host(Some((0, 99)))?;
+        let fault = none.train(request.clone()).await.err().context("a row that is too long was computed")?;
+        anyhow::ensure!(fault.cause.contains("row 0 of 12 positions"), "{fault}");
+        let first = BoundaryRequest {
+            hidden: TensorBlob {
+                shape: vec![1, SEQ, sizes.dim],
+                data: request.hidden.data[..SEQ * sizes.dim].to_vec(),
+            },
+            lengths: request.lengths[..1].to_vec(),
+            targets: request.targets.iter().filter(|t| t.row == 0).copied().collect(),
+        };
+        let reply = narrow.train(first).await.map_err(anyhow::Error::msg)?;
+        anyhow::ensure!(reply.loss.is_finite(), "loss {}", reply.loss);
+        Ok(())
+    })
+}
+
+/// What a server says to an introduction.
+async fn greeted(server: &Server, hello: Hello) -> anyhow::Result<ServerMessage> {
+    let mut socket = SocketConnector::new(&server.socket, CancellationToken::new()).connect().await?;
+    socket.send(wire::encode(&ClientMessage::Hello(hello))).await?;
+    Ok(wire::decode(&socket.receive().await?)?)
+}
+
+/// Names are measured in bytes, the page lets nobody type one that is refused, and a device's name is cut.
+pub fn names() -> anyhow::Result<()> {
+    block(LIMIT, async {
+        let folder = tempfile::tempdir()?;
+        let settings = FederationSettings { min_participants: 9, ..Default::default() };
+        let server = Server::start_model(&nano_llava(), settings, folder.path()).await?;
+        let longest = "\u{e9}".repeat(wire::MAX_NAME / 2);
+        let talkative = Hello { device: format!("x{}", "\u{e9}".repeat(500)), ..hello(&longest, 1, Purpose::Train) };
+        match greeted(&server, talkative).await? {
+            ServerMessage::Welcome { status, .. } => {
+                let [me] = &status.participants[..] else { anyhow::bail!("{:?}", status.participants) };
+                anyhow::ensure!(me.name == longest, "another name: {}", me.name);
+                // 160 bytes would end in mid-letter.
+                anyhow::ensure!(me.device.len() == wire::MAX_DEVICE - 1, "{} bytes of device", me.device.len());
+            }
+            other => anyhow::bail!("{other:?} instead of a welcome"),
+        }
+        match greeted(&server, hello(&format!("{longest}\u{e9}"), 1, Purpose::Train)).await? {
+            ServerMessage::Refused(fault) => {
+                println!("{fault}");
+                anyhow::ensure!(fault.code == FaultCode::Invalid && !fault.remedy.is_empty(), "{fault}");
+                anyhow::ensure!(fault.cause.contains("the name has 122 bytes, at most 120"), "{fault}");
+            }
+            other => anyhow::bail!("{other:?} instead of a refusal"),
+        }
+        let page = std::fs::read_to_string(repository().join("www/index.html"))?;
+        let (_, rest) = page.split_once("id=\"name\" maxlength=\"").context("the page does not bound the name")?;
+        let units: usize = rest.split('"').next().context("no number")?.parse()?;
+        anyhow::ensure!(units * 3 <= wire::MAX_NAME, "{units} letters may be more than {} bytes", wire::MAX_NAME);
+        server.stop().await
+    })
+}
+
+/// A frame that the server would not take is not sent: the own side says so, and the connection stays as it is.
+pub fn own_frame() -> anyhow::Result<()> {
+    block(LIMIT, async {
+        let folder = tempfile::tempdir()?;
+        let server = Server::start_model(&nano_llava(), FederationSettings::default(), folder.path()).await?;
+        let mut socket = SocketConnector::new(&server.socket, CancellationToken::new()).connect().await?;
+        let refusal = socket.send(vec![0; wire::MAX_FRAME + 1]).await.err().context("it was sent")?;
+        println!("{refusal}");
+        let bytes = format!("{} bytes, {} are allowed", wire::MAX_FRAME + 1, wire::MAX_FRAME);
+        anyhow::ensure!(refusal.to_string().contains(&bytes), "{refusal}");
+        socket.send(wire::encode(&ClientMessage::Hello(hello("late", 0, Purpose::Ask)))).await?;
+        let answer: ServerMessage = wire::decode(&socket.receive().await?)?;
+        anyhow::ensure!(matches!(answer, ServerMessage::Welcome { .. }), "{answer:?} instead of a welcome");
+        server.stop().await
+    })
+}
