@@ -7,12 +7,13 @@ import { Live } from './live.js';
 import { ModelStep } from './model.js';
 import { WorkerTab } from './tab.js';
 import { answerTwins, heldByTwin } from './twin.js';
+import { randomName } from './work.js';
 
 const POLL = 3000;
 const live = new Live();
 const tab = new WorkerTab(hearWorker);
 const model = new ModelStep(tab);
-const page = { federation: '', joined: false, ready: false, broken: false, source: null, device: '', edgeBytes: 0, data: null, ask: null };
+const page = { federation: '', joined: false, ready: false, broken: false, source: null, work: '', device: '', edgeBytes: 0, data: null, ask: null };
 
 // ------------------------------------------------------------------------------------------------ federation
 
@@ -88,6 +89,9 @@ function hearWorker(message) {
     page.ask?.hear(message);
   } else if (event === 'client') {
     hearClient(message.client);
+  } else if (event === 'unkept') {
+    $('kept-words').textContent = `This browser does not keep your work (${message.cause}): after a reload the round begins again.`;
+    note({ type: 'unkept', cause: message.cause });
   } else if (event === 'crash') {
     stop(`the program in this tab stopped (${message.cause}); reload the page to go on where you were, or add device=cpu to its address`);
   } else if (event === 'gpuLost') {
@@ -111,7 +115,7 @@ function stop(message) {
 
 const sessionKey = () => `fednano:${page.federation}`;
 
-/** {token, name, source} of this browser tab's earlier participation, also from before a reload. */
+/** {token, name, source, work} of this browser tab's earlier participation, also from before a reload; `work` names what is kept of it. */
 function savedSession() {
   try {
     return JSON.parse(sessionStorage.getItem(sessionKey()) ?? 'null');
@@ -147,8 +151,9 @@ async function join() {
     edgeBytes: page.edgeBytes,
     resume: saved?.token ?? null,
   };
+  page.work = saved?.work ?? randomName();
   try {
-    const { outcome } = await tab.call('join', { options });
+    const { outcome } = await tab.call('join', { options, work: page.work });
     page.joined = false;
     if (outcome === 'finished') {
       sessionStorage.removeItem(sessionKey());
@@ -175,7 +180,7 @@ async function join() {
 function hearClient(event) {
   note(event.type === 'joined' ? { ...event, token: undefined } : event.type === 'status' ? { type: 'status', phase: event.status.phase, round: event.status.round } : event);
   if (event.type === 'joined') {
-    sessionStorage.setItem(sessionKey(), JSON.stringify({ token: event.token, name: $('name').value.trim(), source: page.source }));
+    sessionStorage.setItem(sessionKey(), JSON.stringify({ token: event.token, name: $('name').value.trim(), source: page.source, work: page.work }));
     page.edgeBytes = 0; // the server has counted them
   }
   document.body.dataset.connection = event.type === 'lost' ? 'lost' : 'up';
@@ -230,7 +235,8 @@ async function start() {
   setState('ready');
   showButtons();
   if (saved) {
-    const how = saved.source?.shard ? 'press Rejoin to go on where you were' : 'choose the same pictures again, then press Rejoin';
+    const own = 'choose the same pictures and questions again (a page cannot keep them), then press Rejoin to go on where you were';
+    const how = saved.source?.shard ? 'press Rejoin to go on where you were' : own;
     live.say(`This tab took part before: ${how}.`);
   }
   const shard = params.shard || (params.auto ? 'workshop' : '');

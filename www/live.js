@@ -1,12 +1,25 @@
-// The live view of a federation: state line, round, charts, participants, bytes.
+// The live view of a federation: state line, round, charts, rounds so far, participants, bytes.
 import { $, bytes, make, setProgress } from './page.js';
+import { agreedWords } from './agreed.js';
 import { accuracyChart, lossChart } from './charts.js';
 
 const KINDS = { tab: 'browser tab', native: 'program', simulated: 'simulated' };
-const PHASES = { lobby: 'waiting for participants', training: 'training', evaluating: 'merging and testing', finished: 'finished' };
+const PHASES = {
+  lobby: 'waiting for participants',
+  training: 'training',
+  paused: 'paused, waiting for people',
+  evaluating: 'merging and testing',
+  finished: 'finished',
+};
+/** Phases in which a round is under way. */
+const ROUND = ['training', 'paused', 'evaluating'];
 /** Redraw at most so often, milliseconds; status messages come with every step of everyone. */
 const PAUSE = 150;
 const MOST_POINTS = 4000;
+
+const percent = (share) => `${(share * 100).toFixed(1)} %`;
+/** Own test samples: with the federation's adapters, then with the own ones. */
+const judged = ({ global, own }) => `${percent(global.accuracy)} → ${percent(own.accuracy)}`;
 
 export class Live {
   constructor() {
@@ -17,6 +30,9 @@ export class Live {
     this.count = 0;
     this.me = null;
     this.status = null;
+    this.settings = null;
+    /** What is said while there is nothing to do. */
+    this.waiting = '';
     this.timer = 0;
   }
 
@@ -53,36 +69,79 @@ export class Live {
   draw() {
     this.loss.set(this.steps, this.losses);
     if (!this.status) return;
-    const { phase, round, rounds, participants, history, min_participants: needed } = this.status;
-    const where = phase === 'training' || phase === 'evaluating' ? `, round ${round} of ${rounds}` : '';
-    $('phase').textContent = `${PHASES[phase] ?? phase}${where}`;
+    const { phase, round, rounds, participants, history } = this.status;
+    const where = ROUND.includes(phase) && round > 0 ? `, round ${round} of ${rounds}` : '';
+    $('phase').textContent = `${phase === 'evaluating' && round === 0 ? 'testing the untouched model' : (PHASES[phase] ?? phase)}${where}`;
     this.accuracy.set(history.map((h) => h.round), history.map((h) => h.held_out.accuracy * 100));
-    this.drawParticipants(participants, needed, phase);
+    this.drawRounds(history);
+    this.drawParticipants(participants, phase);
     this.drawTraffic(participants.find((p) => p.id === this.me)?.traffic);
   }
 
-  drawParticipants(participants, needed, phase) {
+  /** How many more people are needed to go on; null where it is not known, 0 where nobody waits for people. */
+  lacking() {
+    const { phase, round, participants, min_participants: first } = this.status;
+    const here = participants.filter((p) => p.connected || (phase === 'paused' && p.updated)).length;
+    if (phase === 'lobby' && round === 0) return Math.max(0, first - here);
+    if (phase !== 'lobby' && phase !== 'paused') return 0;
+    return this.settings ? Math.max(phase === 'paused' ? 1 : 0, this.settings.min_updates - here) : null;
+  }
+
+  /** Newest first. */
+  drawRounds(history) {
+    if (history.length === this.drawn) return; // they never change
+    this.drawn = history.length;
+    const judges = history.some((h) => h.local);
+    $('rounds-own').hidden = !judges;
+    const rows = history.map((h) => {
+      const late = h.late.length ? ` + ${h.late.length} late` : '';
+      const row = make('tr');
+      const own = make('td', h.local ? judged(h.local) : '–');
+      own.hidden = !judges;
+      row.append(
+        make('td', h.round === 0 ? 'untouched model' : String(h.round)),
+        make('td', percent(h.held_out.accuracy)),
+        own,
+        make('td', h.round === 0 ? '–' : `${h.participants.length}${late}`),
+        make('td', `${h.seconds.toFixed(h.seconds < 10 ? 1 : 0)} s`),
+      );
+      return row;
+    });
+    $('rounds').replaceChildren(...(rows.length ? rows.reverse() : [note('None yet.', 5)]));
+  }
+
+  drawParticipants(participants, phase) {
+    const judges = participants.some((p) => p.local);
+    $('participants-own').hidden = !judges;
     const rows = participants.map((p) => {
       const row = make('tr', '', [p.id === this.me ? 'me' : '', p.connected ? '' : 'away'].join(' ').trim());
       const [step, steps] = p.progress;
+      const own = make('td', p.local ? judged(p.local) : '–');
+      own.hidden = !judges;
       row.append(
         make('td', p.id === this.me ? `${p.name} (you)` : p.name),
         make('td', KINDS[p.kind] ?? p.kind),
         make('td', p.device, 'device'),
         make('td', String(p.samples)),
+        make('td', part(p, phase)),
         make('td', steps ? `${step} of ${steps}` : '–'),
         make('td', p.loss == null ? '–' : p.loss.toFixed(3)),
-        make('td', p.updated ? '✓' : '–'),
+        own,
         make('td', p.connected ? 'yes' : 'away'),
       );
       return row;
     });
-    if (phase === 'lobby' && participants.length < needed) {
-      rows.push(note(`The first round starts with ${needed} participants; ${participants.length} here.`));
-    } else if (rows.length === 0) {
-      rows.push(note('Nobody yet.'));
-    }
+    const lacking = this.lacking();
+    if (lacking > 0 || lacking === null) rows.push(note(this.lackingWords(lacking), 9));
+    else if (rows.length === 0) rows.push(note('Nobody yet.', 9));
     $('participants').replaceChildren(...rows);
+  }
+
+  lackingWords(lacking) {
+    const { phase, round } = this.status;
+    const next = phase === 'paused' ? `Round ${round} goes on` : `Round ${round + 1} starts`;
+    const kept = round > 0 ? ' Nothing is lost: adapters that are in stay in.' : '';
+    return lacking === null ? `${next} when enough people are here.${kept}` : `${next} with ${lacking} more participant${lacking === 1 ? '' : 's'}.${kept}`;
   }
 
   drawTraffic(traffic) {
@@ -103,46 +162,69 @@ export class Live {
     $('traffic').replaceChildren(...lines.flatMap(([name, count, kind = '']) => [make('dt', name, kind), make('dd', bytes(count), kind)]));
   }
 
+  /** What the server and this tab agreed on. */
+  setAgreed(settings) {
+    this.settings = settings;
+    $('agreed').hidden = false;
+    $('agreed-words').replaceChildren(...agreedWords(settings).flatMap(([what, words]) => [make('dt', what), make('dd', words)]));
+  }
+
+  /** "Round 2", or where it is after the last one, "Personal round"; `of` adds how many there are. */
+  name(round, of = false) {
+    const rounds = this.settings?.rounds ?? this.status?.rounds ?? '?';
+    if (round > rounds) return 'Personal round';
+    return of ? `Round ${round} of ${rounds}` : `Round ${round}`;
+  }
+
+  setStep(round, step, steps) {
+    setProgress('round', step, steps);
+    $('round-words').textContent = `${this.name(round)}: step ${step} of ${steps}`;
+  }
+
+  sayTraining(round) {
+    const name = this.name(round, true);
+    this.say(name === this.name(round) ? `${name}: tuning adapters of your own on your samples; they are not sent.` : `Training ${name.toLowerCase()} on your samples.`);
+  }
+
   /** One event of the own participation; returns the page's new state, if it changes. */
   hear(event) {
-    const rounds = this.status?.rounds ?? '?';
     switch (event.type) {
       case 'joined':
         this.me = event.participant;
         this.returned = event.resumed;
-        this.say(event.resumed ? 'Back with the server.' : 'Joined. Waiting for the round to begin.');
+        this.setAgreed(event.settings);
+        this.wait(event.resumed ? 'Back with the server.' : 'Joined. Waiting for the round to begin.');
         return 'joined';
       case 'status':
         this.setStatus(event.status);
         this.sayPhase();
         return null;
       case 'round':
-        this.waiting = false;
-        setProgress('round', event.fromStep, event.steps);
-        $('round-words').textContent = `Round ${event.round}: step ${event.fromStep} of ${event.steps}`;
-        this.say(
-          event.fromStep > 0 && this.returned
-            ? `Back: going on with round ${event.round} at step ${event.fromStep}.`
-            : `Training round ${event.round} of ${rounds} on your samples.`,
-        );
+        this.waiting = '';
+        this.setStep(event.round, event.fromStep, event.steps);
+        if (event.fromStep > 0 && this.returned) this.say(`Back: going on with ${this.name(event.round).toLowerCase()} at step ${event.fromStep}.`);
+        else this.sayTraining(event.round);
         return 'training';
       case 'step':
         this.addStep(event.loss);
-        setProgress('round', event.step, event.steps);
-        $('round-words').textContent = `Round ${event.round}: step ${event.step} of ${event.steps}`;
-        this.say(`Training round ${event.round} of ${rounds} on your samples.`);
+        this.setStep(event.round, event.step, event.steps);
+        this.sayTraining(event.round);
         return null;
       case 'fisher':
-        $('round-words').textContent = `Round ${event.round}: weighed ${event.done} of ${event.all} samples`;
-        this.say(`Round ${event.round} of ${rounds}: measuring which adapter weights matter to your samples.`);
+        $('round-words').textContent = `${this.name(event.round)}: weighed ${event.done} of ${event.all} samples`;
+        this.say(`${this.name(event.round, true)}: measuring which adapter weights matter to your samples.`);
+        return null;
+      case 'local':
+        this.sayOwn(event);
         return null;
       case 'uploaded':
-        this.waiting = true;
-        this.say(`Round ${event.round} of ${rounds}: your adapters are in. Waiting for the others.`);
+        this.wait(`${this.name(event.round, true)}: ${this.alone() ? 'you are done' : 'your adapters are in'}. Waiting for the others.`);
+        return null;
+      case 'waiting':
+        this.wait(`${this.name(event.round, true)}: others train this time. You wait here; a later round may draw you.`);
         return null;
       case 'notCounted':
-        this.waiting = true;
-        this.say(`Your update of round ${event.round} was not counted: ${event.fault.cause}; ${event.fault.remedy}.`);
+        this.wait(`Your update of round ${event.round} was not counted: ${event.fault.cause}; ${event.fault.remedy}.`);
         return null;
       case 'lost':
         this.say(`The server is away (${event.cause}); trying again in ${Math.ceil(event.retryMs / 1000)} s.`);
@@ -152,17 +234,50 @@ export class Live {
     }
   }
 
+  /** What the adapters are worth on the own test samples. */
+  sayOwn({ round, local: { global, own } }) {
+    const received = this.alone() ? 'with the untouched model' : "with the federation's adapters";
+    const whose = this.name(round) === 'Personal round' ? 'with your own mixed in' : 'with those trained on your samples';
+    $('own-test').textContent = `${this.name(round)}, your own ${own.samples} test samples: ${percent(global.accuracy)} right ${received}, ${percent(own.accuracy)} ${whose}.`;
+    $('own-test').hidden = false;
+  }
+
+  /** Nothing is merged. */
+  alone() {
+    return this.settings?.strategy === 'local';
+  }
+
+  /** Nothing to do but to wait; these words are shown unless the federation has other news. */
+  wait(words) {
+    this.waiting = words;
+    this.say(words);
+  }
+
   /** While waiting, the federation's phase is the news. */
   sayPhase() {
-    const { phase, round, rounds } = this.status;
-    if (this.waiting && phase === 'evaluating') this.say(`Round ${round} of ${rounds}: the server merges and tests the adapters.`);
+    const { phase, round } = this.status;
+    if (!this.waiting) return;
+    const lacking = this.lacking();
+    if (phase === 'evaluating') this.say(round === 0 ? 'Joined. The server tests the untouched model.' : `${this.name(round, true)}: the server merges and tests the adapters.`);
+    else if (phase === 'paused') this.say(`${this.name(round, true)} is paused, waiting for people: ${lacking} more needed. Nothing is lost.`);
+    else if (lacking > 0) this.say(`Waiting for people: ${lacking} more needed.`);
+    else this.say(this.waiting);
   }
 }
 
-function note(text) {
+/** What a participant does in the round under way. */
+function part({ selected, updated, connected }, phase) {
+  if (!ROUND.includes(phase)) return '–';
+  if (updated) return 'done';
+  if (!selected) return 'waits';
+  if (phase === 'evaluating') return 'not done';
+  return connected ? 'trains' : 'waited for';
+}
+
+function note(text, columns) {
   const row = make('tr');
   const cell = make('td', text, 'quiet');
-  cell.colSpan = 8;
+  cell.colSpan = columns;
   row.append(cell);
   return row;
 }

@@ -3,6 +3,7 @@
 import init, { EdgeLoader, checkReference } from './pkg/fednano_web.js';
 import { loadBundle } from './bundle.js';
 import { decode, decodeAll } from './decode.js';
+import { Work } from './work.js';
 
 let tab = null;
 /** The person had enough of the answer under way. */
@@ -61,8 +62,16 @@ const commands = {
     await tab.encode((done, all) => post('encode', { done, all }));
     return { seconds: (performance.now() - start) / 1000 };
   },
-  async join({ options }) {
-    return JSON.parse(await tab.join(JSON.stringify(options), (json) => post('client', { client: JSON.parse(json) })));
+  async join({ options, work: name }) {
+    const work = await Work.take(name, (cause) => post('unkept', { cause }));
+    try {
+      const onEvent = (json) => post('client', { client: JSON.parse(json) });
+      const outcome = JSON.parse(await tab.join(JSON.stringify(options), onEvent, work?.keep, work?.kept));
+      await work?.forget(); // finished or left; after an error it may go on
+      return outcome;
+    } finally {
+      work?.close();
+    }
   },
   leave: () => tab.leave(),
   async ask({ url, federation, picture, file, question }) {

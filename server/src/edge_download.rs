@@ -51,7 +51,11 @@ pub fn fetch_edge(invite: &Invite, device: &Device, cache_dir: Option<PathBuf>) 
     Ok((loader.finish()?, source.downloaded))
 }
 
-fn user_cache() -> anyhow::Result<PathBuf> {
+/// The folder of this program in the user's cache.
+///
+/// # Errors
+/// The environment names none.
+pub(crate) fn user_cache() -> anyhow::Result<PathBuf> {
     // The XDG specification has relative paths ignored.
     let folder = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|p| p.is_absolute());
     let cache = folder("XDG_CACHE_HOME").or_else(|| Some(folder("HOME")?.join(".cache")));

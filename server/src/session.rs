@@ -186,6 +186,7 @@ where
         ServerMessage::Welcome {
             participant: ParticipantId(0),
             token: wire::SessionToken(String::new()),
+            returning: false,
             settings: fednano_shared::settings::FederationSettings::default(),
             status,
         }
@@ -198,6 +199,7 @@ where
         ServerMessage::Welcome {
             participant: joined.id,
             token: joined.token,
+            returning: joined.returning,
             settings: joined.settings,
             status: joined.status,
         }

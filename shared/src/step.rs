@@ -30,6 +30,9 @@ pub enum BoundaryError {
     /// The request was refused; sending it again will not help.
     #[error("the server refused a batch: {0}")]
     Refused(String),
+    /// The own side cannot send the request, or cannot read what came; sending it again will not help.
+    #[error("{0}")]
+    Failed(String),
     /// The connection or the server is gone; the step can be tried again.
     #[error("{0}")]
     Lost(String),

@@ -27,6 +27,23 @@ pub struct ParticipantId(pub u32);
 #[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct SessionToken(pub String);
 
+impl SessionToken {
+    /// 128 random bits from the system, in hexadecimal digits.
+    ///
+    /// # Errors
+    /// The system's words, where it gives no random numbers.
+    pub fn made_up() -> Result<Self, String> {
+        let mut bytes = [0u8; 16];
+        getrandom::fill(&mut bytes).map_err(|e| format!("the system gives no random numbers: {e}"))?;
+        Ok(Self(bytes.iter().map(|b| format!("{b:02x}")).collect()))
+    }
+
+    /// Is it as [`Self::made_up`] makes them? Anything else is too easily guessed.
+    pub fn is_sound(&self) -> bool {
+        self.0.len() == 32 && self.0.bytes().all(|b| b.is_ascii_hexdigit())
+    }
+}
+
 impl std::fmt::Debug for SessionToken {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
         f.write_str("SessionToken(..)") // never in a log
@@ -71,7 +88,8 @@ pub struct Hello {
     pub edge_bytes: u64,
     /// Rounds or questions.
     pub purpose: Purpose,
-    /// Of an earlier session that was lost.
+    /// The secret of an earlier session, or one made up for this one ([`SessionToken::made_up`]): by it a participant is known even if
+    /// the first welcome was lost. None: the server makes one up.
     pub resume: Option<SessionToken>,
 }
 
@@ -307,6 +325,8 @@ pub enum ServerMessage {
         participant: ParticipantId,
         /// For coming back.
         token: SessionToken,
+        /// The token was known: an earlier session goes on.
+        returning: bool,
         /// What was agreed.
         settings: FederationSettings,
         /// The federation now.

@@ -13,7 +13,7 @@ use fednano_shared::generate::{AnswerOptions, InProcessTokens, Sampling, answer}
 use fednano_shared::model::adapter::NanoAdapters;
 use fednano_shared::plain::AdapterState;
 use fednano_shared::probe;
-use fednano_shared::settings::FederationSettings;
+use fednano_shared::settings::{AdapterChoice, FederationSettings};
 use fednano_tests::{Halves, LIMIT, Server, block, halves, nano_llava};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -218,7 +218,7 @@ pub fn with_adapters() -> anyhow::Result<()> {
             blob.data.iter_mut().for_each(|v| *v *= 5.0);
         }
         let file = stage.folder.path().join("adapter.safetensors");
-        std::fs::write(&file, write_adapter(&state, None)?)?;
+        std::fs::write(&file, write_adapter(&state, &[])?)?;
         let plain = stage.expected(edge, None, 12).await?;
         let expected = stage.expected(edge, Some(&state), 12).await?;
         anyhow::ensure!(plain.line() != expected.line(), "the adapters change nothing: nothing is tested");
@@ -253,7 +253,7 @@ pub fn faults() -> anyhow::Result<()> {
         let text = stage.folder.path().join("notes.txt");
         std::fs::write(&text, "no picture")?;
         let narrow = stage.folder.path().join("narrow.safetensors");
-        std::fs::write(&narrow, write_adapter(&AdapterState::zeros(4, 7), None)?)?;
+        std::fs::write(&narrow, write_adapter(&AdapterState::zeros(AdapterChoice::Both, 4, 7), &[])?)?;
         let narrow = narrow.display().to_string();
         let cases: [(&Path, &[&str], &[&str]); 5] = [
             // Said first: nothing was downloaded in vain, and no server is needed for it.
@@ -261,7 +261,11 @@ pub fn faults() -> anyhow::Result<()> {
             (&text, &["--url", &nobody], &["notes.txt", "not PNG", "--picture"]),
             (&stage.picture, &["--url", &nobody], &["cannot fetch", "is the server running"]),
             (&stage.picture, &["--url", &elsewhere], &["no federation 'elsewhere'", "this server has: test"]),
-            (&stage.picture, &["--url", &here, "--adapter", &narrow], &["narrow.safetensors does not fit the model"]),
+            (
+                &stage.picture,
+                &["--url", &here, "--adapter", &narrow],
+                &["narrow.safetensors holds adapters of width 7"],
+            ),
         ];
         for (picture, more, words) in cases {
             let fault = stage.fault(picture, more).await?;

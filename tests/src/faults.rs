@@ -7,7 +7,7 @@ use fednano_shared::client::{ClientError, Connector, Transport};
 use fednano_shared::model::checkpoint::load_llm;
 use fednano_shared::model::files::ModelFiles;
 use fednano_shared::plain::{AdapterState, BoundaryRequest, Target, TensorBlob};
-use fednano_shared::settings::FederationSettings;
+use fednano_shared::settings::{AdapterChoice, FederationSettings};
 use fednano_shared::step::LlmBoundary;
 use fednano_shared::wire::{self, ClientMessage, Fault, FaultCode, Hello, Purpose, ServerMessage, Update};
 use fednano_tests::{LIMIT, Server, asking, block, hello, nano_llava};
@@ -98,7 +98,8 @@ pub fn out_of_order() -> anyhow::Result<()> {
         expect(&refused(&server, vec![frame(&train())]).await?, FaultCode::OutOfOrder, "not a Hello")?;
         let introduce = || frame(&ClientMessage::Hello(hello("twice", 1, Purpose::Ask)));
         expect(&refused(&server, vec![introduce(), introduce()]).await?, FaultCode::OutOfOrder, "second Hello")?;
-        let update = Update { round: 1, adapter: AdapterState::zeros(8, 192), fisher: None, samples: 1, loss: 1.0 };
+        let adapter = AdapterState::zeros(AdapterChoice::Both, 8, 192);
+        let update = Update { round: 1, adapter, fisher: None, samples: 1, loss: 1.0, local: None };
         let ask_then_update = vec![introduce(), frame(&ClientMessage::Update(update))];
         expect(&refused(&server, ask_then_update).await?, FaultCode::OutOfOrder, "only asks")?;
         let empty = vec![frame(&ClientMessage::Hello(hello("nobody", 0, Purpose::Train)))];
@@ -151,7 +152,7 @@ pub fn nan_update() -> anyhow::Result<()> {
         let fault = loop {
             match wire::decode(&socket.receive().await?)? {
                 ServerMessage::Round { round, mut adapter } => {
-                    let fisher = Some(AdapterState::zeros(8, 192));
+                    let fisher = Some(AdapterState::zeros(AdapterChoice::Both, 8, 192));
                     if let Some(blob) = adapter.0.get_mut("text.up") {
                         blob.data[5] = f32::NAN;
                     }
@@ -163,6 +164,7 @@ pub fn nan_update() -> anyhow::Result<()> {
                             fisher,
                             samples: 3,
                             loss: 1.0,
+                            local: None,
                         })))
                         .await?;
                 }

@@ -8,7 +8,7 @@ use fednano_shared::model::adapter::{NanoAdapters, read};
 use fednano_shared::model::checkpoint::load_llm;
 use fednano_shared::plain::{AdapterState, BoundaryRequest, TensorBlob};
 use fednano_shared::probe;
-use fednano_shared::settings::FederationSettings;
+use fednano_shared::settings::{AdapterChoice, FederationSettings};
 use fednano_shared::step::{self, InProcess, StepError};
 use fednano_tests::{Halves, LIMIT, Server, adapters_close, asking, block, close, halves, nano_llava};
 use std::collections::BTreeMap;
@@ -56,9 +56,9 @@ pub fn split_equals_whole() -> anyhow::Result<()> {
         adapters_close("gradient", &split, &AdapterState(whole), NOISE)?;
 
         // Fisher from one reply equals Fisher from one whole backward pass for each sample.
-        let mut fisher = AdapterState::zeros(8, d);
+        let mut fisher = AdapterState::zeros(AdapterChoice::Both, 8, d);
         step::fisher_batch(&adapters, &batch, &mut InProcess(&h.llm), &h.device, &mut fisher).await?;
-        let mut single = AdapterState::zeros(8, d);
+        let mut single = AdapterState::zeros(AdapterChoice::Both, 8, d);
         for row in 0..b {
             let one = only(&batch, row);
             let (_, gradient) = step::gradients(&adapters, &one, &mut InProcess(&h.llm), &h.device).await?;
@@ -189,10 +189,11 @@ pub fn count_check() -> anyhow::Result<()> {
         let batch = batch(&h, 2).await?;
         let state = probe::adapters(8, h.edge.config.text.hidden);
         let mut adapters = NanoAdapters::from_state(&state, &h.device.clone().autodiff());
-        adapters.text.up =
-            Param::initialized(adapters.text.up.id, adapters.text.up.val().detach()).set_require_grad(false);
+        if let Some(text) = &mut adapters.text {
+            text.up = Param::initialized(text.up.id, text.up.val().detach()).set_require_grad(false);
+        }
         match step::gradients(&adapters, &batch, &mut InProcess(&h.llm), &h.device).await {
-            Err(StepError::GradientCount { found: 3 }) => Ok(()),
+            Err(StepError::GradientCount { found: 3, .. }) => Ok(()),
             other => anyhow::bail!("expected a gradient-count error, got {:?}", other.map(|(r, _)| r.loss)),
         }
     })

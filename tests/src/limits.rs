@@ -3,7 +3,7 @@
 
 use anyhow::Context;
 use burn::tensor::Device;
-use fednano_server::llm_host::{self, Bounds, LlmHandle};
+use fednano_server::llm_host::{self, Bounds, LlmHandle, Order};
 use fednano_server::native::SocketConnector;
 use fednano_shared::client::{Connector, Transport};
 use fednano_shared::plain::{BoundaryReply, BoundaryRequest, Target, TensorBlob};
@@ -57,7 +57,7 @@ fn host(bounds: Option<(usize, usize)>) -> anyhow::Result<(LlmHandle, Sizes)> {
     let half = halves(&fixture(), &Device::flex())?;
     let sizes = Sizes { dim: half.files.config.text.hidden, vocab: half.files.config.text.vocab };
     let bounds = bounds.map_or_else(Bounds::default, |(rows, targets)| sizes.bounds(rows, targets));
-    Ok((llm_host::start_with(half.llm, true, bounds)?, sizes))
+    Ok((llm_host::start_with(half.llm, Order::Arrival { merge: true }, bounds)?, sizes))
 }
 
 fn list(values: &[f32]) -> TensorBlob {

@@ -17,9 +17,11 @@ mod kill;
 mod learning;
 mod life;
 mod limits;
+mod modalities;
 mod page;
 mod parity;
 mod rounds;
+mod training;
 
 use fednano_tests::Needs::{self, Chromium, EasyVqa, NanoLlava, Nothing, Vulkan};
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -77,6 +79,19 @@ const INDEX: &[(&str, &[Needs], Test)] = &[
     ("gradients::merged_requests_equal_single_ones", &[NanoLlava], gradients::merged_requests),
     ("gradients::a_parameter_without_gradient_is_an_error", &[NanoLlava], gradients::count_check),
     ("gradients::over_the_wire_equals_in_process", &[NanoLlava], gradients::over_the_wire),
+    // Local training.
+    ("training::micro_batches_equal_the_batch", &[Nothing], training::micro_batches),
+    ("training::fedprox_pulls_to_the_start", &[Nothing], training::prox),
+    ("training::clipping_bounds_the_norm", &[Nothing], training::clipping),
+    ("training::the_image_adapter_alone", &[Nothing], training::image_only),
+    ("training::optimizers_go_on_bit_for_bit", &[Nothing], training::optimizers_go_on),
+    ("training::a_mix_is_the_weighted_sum", &[Nothing], training::mixed),
+    ("training::own_test_samples_are_never_trained_on", &[Nothing], training::local_test),
+    ("training::so_many_steps_as_agreed", &[Nothing], training::local_steps),
+    ("training::a_reload_anywhere_changes_nothing", &[Nothing], training::reload),
+    ("training::late_updates", &[Nothing], training::late),
+    ("training::each_strategy_uploads_its_own", &[Nothing], training::strategies),
+    ("training::fisher_without_a_pass", &[Nothing], training::fisher_without_a_pass),
     // The same step elsewhere.
     ("devices::native_wgpu_equals_flex", &[NanoLlava, Vulkan], devices::wgpu_equals_flex),
     ("browser::wasm_flex_equals_native", &[NanoLlava, Chromium], browser::wasm_flex_equals_native),
@@ -113,6 +128,7 @@ const INDEX: &[(&str, &[Needs], Test)] = &[
     ("churn::a_hundred_in_lockstep_are_reproducible", &[Nothing], churn::hundred_in_lockstep),
     // What a person does with the page.
     ("page::own_pictures_and_a_csv", &[NanoLlava, Chromium], page::own_pictures),
+    ("page::own_pictures_chosen_again_go_on", &[NanoLlava, Chromium], page::own_pictures_again),
     ("page::faulty_own_pictures_are_named", &[NanoLlava, Chromium], page::faulty_own_pictures),
     ("page::a_question_is_answered_before_and_after", &[NanoLlava, Chromium], page::ask_before_and_after),
     ("page::leaving_and_rejoining_is_one_participant", &[NanoLlava, Chromium], page::leave_and_rejoin),
@@ -149,6 +165,12 @@ const INDEX: &[(&str, &[Needs], Test)] = &[
     ("limits::a_row_that_is_too_large_is_refused", &[Nothing], limits::too_large_a_row),
     ("limits::names_are_measured_in_bytes", &[NanoLlava], limits::names),
     ("limits::an_own_frame_that_is_too_large_is_not_sent", &[NanoLlava], limits::own_frame),
+    // Samples without a picture, samples without a question.
+    ("modalities::what_is_missing_leaves_the_prompt", &[Nothing], modalities::prompts),
+    ("modalities::rows_with_and_without_picture_share_a_batch", &[Nothing], modalities::mixed_batch),
+    ("modalities::without_pictures_the_image_adapter_gets_a_zero_gradient", &[Nothing], modalities::zero_gradient),
+    ("modalities::ordinary_text_and_picture_clients_federate", &[Nothing], modalities::federation),
+    ("modalities::the_page_takes_and_answers_them", &[NanoLlava, Chromium], modalities::page),
     // The layout of the code.
     ("architecture::imports_go_downward", &[Nothing], architecture::imports),
     ("architecture::files_stay_short", &[Nothing], architecture::file_lengths),

@@ -24,6 +24,22 @@ const FINISHED: &str = "return document.body.dataset.state === 'finished'";
 const JOINED: &str = "return window.fednano?.events.find((e) => e.type === 'joined')";
 const STEPS: &str = "return window.fednano?.events.some((e) => e.type === 'step' && e.step >= 2)";
 const STATUS: &str = "return fetch('/api/federations/test').then((r) => r.json())";
+const ROUND: &str = "return window.fednano?.events.find((e) => e.type === 'round')";
+const READY: &str = "return document.body.dataset.state === 'ready'";
+/// Of how many participations this browser keeps work.
+const KEPT: &str = "
+    return new Promise((resolve, reject) => {
+        const opening = indexedDB.open('fednano-work');
+        opening.onerror = () => reject(opening.error);
+        opening.onsuccess = () => {
+            const counting = opening.result.transaction('snapshots').objectStore('snapshots').count();
+            counting.onerror = () => reject(counting.error);
+            counting.onsuccess = () => {
+                opening.result.close();
+                resolve(counting.result);
+            };
+        };
+    })";
 
 /// A server with one page open.
 struct Stage {
@@ -85,6 +101,24 @@ impl Stage {
     async fn choose(&self, names: &[&str]) -> anyhow::Result<()> {
         let paths: Vec<String> = names.iter().map(|n| self.folder.path().join(n).display().to_string()).collect();
         Ok(self.browser.client.find(Locator::Css("#files")).await?.send_keys(&paths.join("\n")).await?)
+    }
+
+    /// Back after a reload: the step with which the round goes on, which must be a later one than its first.
+    async fn goes_on(&self, first: &Value) -> anyhow::Result<u64> {
+        self.press("#join").await?;
+        let second = self.browser.wait("being back", JOINED).await?;
+        ensure!(second["resumed"] == true && second["participant"] == first["participant"], "{first}, then {second}");
+        let round = self.browser.wait("the round", ROUND).await?;
+        let from = round["fromStep"].as_u64().with_context(|| format!("no step in {round}"))?;
+        ensure!(from > 0, "the round begins again: {round}");
+        Ok(from)
+    }
+
+    /// Of how many participations there must be work in this browser.
+    async fn keeps(&self, count: usize) -> anyhow::Result<()> {
+        let kept = self.browser.script(KEPT).await?;
+        ensure!(kept == count, "work of {kept} participations is kept, expected {count}");
+        Ok(())
     }
 
     async fn close(self) -> anyhow::Result<()> {
@@ -158,12 +192,39 @@ pub fn own_pictures() -> anyhow::Result<()> {
         write_pictures(stage.folder.path())?;
         write_questions(stage.folder.path(), "")?;
         stage.go("").await?;
-        stage.browser.wait("ready", "return document.body.dataset.state === 'ready'").await?;
+        stage.browser.wait("ready", READY).await?;
         stage.choose(&["red.png", "green.png", "blue.png", "questions.csv"]).await?;
         let code = "return window.fednano.events.find((e) => e.type === 'encoded')";
         let encoded = stage.browser.wait("prepared pictures", code).await?;
         ensure!(encoded["pictures"] == 3 && encoded["samples"] == 3, "three pictures, but {encoded}");
         stage.join_to_the_end().await?;
+        stage.close().await
+    })
+}
+
+/// A page cannot keep a person's files over a reload: chosen again, the round goes on with them.
+pub fn own_pictures_again() -> anyhow::Result<()> {
+    block(LIMIT, async {
+        let stage = Stage::open(200).await?; // of one step each
+        write_pictures(stage.folder.path())?;
+        write_questions(stage.folder.path(), "")?;
+        let files = ["red.png", "green.png", "blue.png", "questions.csv"];
+        stage.go("").await?;
+        stage.browser.wait("ready", READY).await?;
+        stage.choose(&files).await?;
+        stage.browser.wait("Join", CAN_JOIN).await?;
+        stage.press("#join").await?;
+        stage.browser.wait("some steps", STEPS).await?;
+        let first = stage.browser.script(JOINED).await?;
+        stage.browser.client.refresh().await?;
+        stage.browser.wait("ready", READY).await?;
+        let words = stage.text("#state-line").await?;
+        ensure!(words.contains("choose the same pictures and questions again"), "the page says: {words}");
+        let can_join = stage.browser.script(CAN_JOIN).await?;
+        ensure!(can_join == false, "the page offers to go on without pictures");
+        stage.choose(&files).await?;
+        stage.browser.wait("Rejoin", CAN_JOIN).await?;
+        stage.goes_on(&first).await?;
         stage.close().await
     })
 }
@@ -177,7 +238,7 @@ pub fn faulty_own_pictures() -> anyhow::Result<()> {
         std::fs::write(folder.join("notes.png"), "this is text")?;
         write_questions(folder, "notes.png,what is it?,text\n")?;
         stage.go("").await?;
-        stage.browser.wait("ready", "return document.body.dataset.state === 'ready'").await?;
+        stage.browser.wait("ready", READY).await?;
         stage.choose(&["red.png", "green.png", "blue.png", "notes.png", "questions.csv"]).await?;
         stage.error(&["'notes.png' cannot be read as a picture", "PNG, JPEG", "take its questions out"]).await?;
         // Leave it out: its question is still there.
@@ -228,8 +289,10 @@ pub fn leave_and_rejoin() -> anyhow::Result<()> {
         let stage = Stage::open(4).await?;
         stage.go(&format!("&auto=1{SHARD}")).await?;
         stage.browser.wait("some steps", STEPS).await?;
+        stage.keeps(1).await?;
         stage.press("#leave").await?;
         stage.browser.wait("having left", "return document.body.dataset.state === 'left'").await?;
+        stage.keeps(0).await?;
         let gone = format!("{STATUS}.then((s) => s.participants.every((p) => !p.connected))");
         stage.browser.wait("the server's knowing it", &gone).await?;
         let downloaded = stage.participants().await?[0]["traffic"]["edge_down"].clone();
@@ -242,7 +305,7 @@ pub fn leave_and_rejoin() -> anyhow::Result<()> {
     })
 }
 
-/// Reload in mid-round: the tab offers to go on, as the same participant.
+/// Reload in mid-round: the tab offers to go on, as the same participant, and trains no step twice.
 pub fn reload() -> anyhow::Result<()> {
     block(LIMIT, async {
         let stage = Stage::open(8).await?;
@@ -256,12 +319,15 @@ pub fn reload() -> anyhow::Result<()> {
         stage.browser.wait("Rejoin", offered).await?;
         let joined = stage.browser.script(JOINED).await?;
         ensure!(joined.is_null(), "the tab rejoined by itself: {joined}");
-        stage.press("#join").await?;
-        let second = stage.browser.wait("being back", JOINED).await?;
-        ensure!(second["resumed"] == true && second["participant"] == first["participant"], "{first}, then {second}");
-        stage.browser.wait("more steps", STEPS).await?;
+        let from = stage.goes_on(&first).await?;
+        stage.browser.wait("the end", FINISHED).await?;
+        let steps = "return window.fednano.events.filter((e) => e.type === 'step').map((e) => e.step)";
+        let steps = stage.browser.script(steps).await?;
+        let left: Vec<u64> = (from + 1..=48).collect(); // 8 epochs of 6
+        ensure!(steps == serde_json::json!(left), "after step {from} came {steps}");
         let there = stage.participants().await?;
         ensure!(there.len() == 1, "one tab, but the server saw {there:?}");
+        stage.keeps(0).await?;
         stage.close().await
     })
 }
@@ -281,6 +347,7 @@ pub fn duplicated_tab() -> anyhow::Result<()> {
         ensure!(joined["resumed"] == false, "the second tab took the first one's place: {joined}");
         let both = format!("{STATUS}.then((s) => s.participants.filter((p) => p.connected).length === 2)");
         stage.browser.wait("two participants", &both).await?;
+        stage.keeps(2).await?; // each its own
         client.switch_to_window(first).await?;
         let lost = "return window.fednano.events.filter((e) => e.type === 'lost' || e.type === 'error')";
         let lost = stage.browser.script(lost).await?;

@@ -20,6 +20,8 @@ pub fn to_json(event: &ClientEvent<'_>) -> String {
             json!({ "type": "fisher", "round": round, "done": done, "all": all })
         }
         ClientEvent::Uploaded { round, .. } => json!({ "type": "uploaded", "round": round }),
+        ClientEvent::Waiting { round } => json!({ "type": "waiting", "round": round }),
+        ClientEvent::Local { round, local } => json!({ "type": "local", "round": round, "local": local }),
         ClientEvent::NotCounted { round, fault } => json!({ "type": "notCounted", "round": round, "fault": fault }),
         ClientEvent::Lost { cause, retry_in } => {
             json!({ "type": "lost", "cause": cause, "retryMs": retry_in.as_millis() as u64 })

@@ -5,6 +5,7 @@
 //! | `tab` | what JavaScript sees; the only exports |
 //! | `session` | the tab's state: model, data, features, newest adapters |
 //! | `socket` | transport and clock over the browser's own |
+//! | `keeper` | the work of a round, kept between page loads |
 //! | `import` | files of a person to samples |
 //! | `gpu` | opening a device, measuring its speed |
 //! | `events` | what happens, as JSON |
@@ -19,6 +20,8 @@ mod gpu;
 #[cfg(target_arch = "wasm32")]
 mod import;
 #[cfg(target_arch = "wasm32")]
+mod keeper;
+#[cfg(target_arch = "wasm32")]
 mod session;
 #[cfg(target_arch = "wasm32")]
 mod socket;
@@ -26,6 +29,7 @@ mod socket;
 /// The exports. Structured values cross as JSON text, errors as `Error` with "cause; remedy".
 #[cfg(target_arch = "wasm32")]
 pub mod tab {
+    use crate::keeper::TabKeeper;
     use crate::session::{Loading, Session};
     use crate::{check, import};
     use fednano_shared::data::picture::Picture;
@@ -135,14 +139,21 @@ pub mod tab {
             self.session.encode(report).await.map_err(to_js)
         }
 
-        /// Take part until the end; `on_event(json)` hears of everything.
-        pub async fn join(&self, options: String, on_event: js_sys::Function) -> Result<String, JsValue> {
+        /// Take part until the end; `on_event(json)` hears of everything. `keep(bytes)` and `kept()` give promises and hold the
+        /// work of a round between page loads; without them a reload begins the round again.
+        pub async fn join(
+            &self,
+            options: String,
+            on_event: js_sys::Function,
+            keep: Option<js_sys::Function>,
+            kept: Option<js_sys::Function>,
+        ) -> Result<String, JsValue> {
             let report = |json: &str| {
                 if let Err(e) = on_event.call1(&JsValue::NULL, &JsValue::from_str(json)) {
                     web_sys::console::error_1(&e);
                 }
             };
-            self.session.join(&options, report).await.map_err(to_js)
+            self.session.join(&options, TabKeeper { keep, kept }, report).await.map_err(to_js)
         }
 
         /// End [`Tab::join`] soon, whatever it waits for.
@@ -241,6 +252,11 @@ pub mod tab {
         fn set_timeout(callback: &js_sys::Function, milliseconds: f64) -> JsValue;
         #[wasm_bindgen(js_namespace = performance, js_name = now)]
         fn now() -> f64;
+    }
+
+    /// Since the program started; never goes back.
+    pub(crate) fn monotonic() -> Duration {
+        Duration::from_micros((now() * 1000.0) as u64) // from milliseconds
     }
 
     /// Ready after `time`.

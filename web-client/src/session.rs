@@ -2,13 +2,14 @@
 //! round is under way; no `RefCell` is borrowed over an await.
 
 use crate::import::{self, Pictures};
+use crate::keeper::TabKeeper;
 use crate::socket::{Leave, Socket, Sockets, TabClock};
 use crate::{events, gpu};
 use burn::tensor::Device;
 use fednano_shared::ask::Asking;
 use fednano_shared::bundle::Manifest;
 use fednano_shared::bundle::assemble::BundleLoader;
-use fednano_shared::client::{self, ClientEvent, Connector, Forgetful, Observer, Outcome, Participant};
+use fednano_shared::client::{self, ClientEvent, Connector, Observer, Outcome, Participant};
 use fednano_shared::data::dataset::Dataset;
 use fednano_shared::data::picture::Picture;
 use fednano_shared::data::scene::DemoTheme;
@@ -17,6 +18,7 @@ use fednano_shared::generate::{self, AnswerOptions, Sampling};
 use fednano_shared::model::adapter::NanoAdapters;
 use fednano_shared::plain::AdapterState;
 use fednano_shared::probe;
+use fednano_shared::settings::Strategy;
 use fednano_shared::wire::{ClientKind, Hello, Purpose, SessionToken};
 use serde::Deserialize;
 use serde_json::json;
@@ -30,8 +32,8 @@ pub type Failure = Box<dyn std::error::Error>;
 
 /// Tries in a row to reach the server, at most 10 s apart: a tab waits about half an hour for a server that went away.
 const MAX_TRIES: u32 = 200;
-/// How often the work of a round is kept, once a tab keeps it.
-const KEEP_EVERY: Duration = Duration::from_secs(10);
+/// The work of a round is kept at most this often.
+const KEEP_EVERY: Duration = Duration::from_secs(2);
 /// Longest answer.
 const MAX_ANSWER_TOKENS: usize = 64;
 
@@ -180,7 +182,12 @@ impl Session {
     }
 
     /// Take part; `on_event` hears JSON.
-    pub async fn join(&self, options: &str, on_event: impl FnMut(&str)) -> Result<String, Failure> {
+    pub async fn join(
+        &self,
+        options: &str,
+        mut keeper: TabKeeper,
+        on_event: impl FnMut(&str),
+    ) -> Result<String, Failure> {
         let options: JoinOptions = serde_json::from_str(options)?;
         let cache = self.cache.borrow().clone();
         let Some(cache) = cache.filter(|c| !c.samples.is_empty()) else {
@@ -204,9 +211,9 @@ impl Session {
         let (edge, device) = (&self.edge, &self.device);
         let me = Participant { hello, edge, cache: &cache, device, max_tries: MAX_TRIES, keep_every: KEEP_EVERY };
         let mut sockets = Sockets { url: options.url, leave: Rc::clone(&leave) };
-        let mut listener = Listener { session: self, on_event };
+        let mut listener = Listener { session: self, alone: false, on_event };
         let clock = TabClock { leave };
-        let result = client::participate(me, &mut sockets, &clock, &mut Forgetful, &mut listener).await;
+        let result = client::participate(me, &mut sockets, &clock, &mut keeper, &mut listener).await;
         self.joined.set(false);
         let outcome = match result? {
             Outcome::Finished { adapter, own, .. } => {
@@ -298,14 +305,17 @@ async fn connect(url: String, federation: String) -> Result<Asking<Socket>, Fail
 /// Keeps adapters for questions, tells the page the rest.
 struct Listener<'a, F> {
     session: &'a Session,
+    /// Nothing is merged: what the federation sends stays the untouched model.
+    alone: bool,
     on_event: F,
 }
 
 impl<F: FnMut(&str)> Observer for Listener<'_, F> {
     fn event(&mut self, event: ClientEvent<'_>) {
         match &event {
+            ClientEvent::Joined { settings, .. } => self.alone = settings.strategy == Strategy::Local,
             // Round 1 begins with the untouched model.
-            ClientEvent::Round { round, adapter, .. } if *round > 1 => {
+            ClientEvent::Round { round, adapter, .. } if *round > 1 && !self.alone => {
                 self.session.keep((*adapter).clone(), format!("the federation's after round {}", round - 1));
             }
             ClientEvent::Uploaded { round, adapter } => {

@@ -1,6 +1,6 @@
 //! The browser's WebSocket as a [`Transport`], its timer as a [`Clock`]; both end at once when the person leaves.
 
-use crate::tab::timer;
+use crate::tab::{monotonic, timer};
 use fednano_shared::client::{Clock, Connector, Transport, TransportError};
 use fednano_shared::wire::check_outgoing;
 use futures_channel::mpsc;
@@ -173,7 +173,7 @@ impl Transport for Socket {
     }
 }
 
-/// Waits by the browser's timer.
+/// The browser's timers.
 pub struct TabClock {
     /// Ends a wait.
     pub leave: Rc<Leave>,
@@ -188,5 +188,9 @@ impl Clock for TabClock {
             },
         )
         .await;
+    }
+
+    fn now(&self) -> Duration {
+        monotonic()
     }
 }

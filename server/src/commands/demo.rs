@@ -6,9 +6,11 @@ use super::serve::{base_url, cancel_on_signal, has_page};
 use crate::app::{App, HeldOutSource, ServerSettings, bind};
 use crate::device::{ComputeDtype, DeviceChoice};
 use crate::fetch::resolve_model;
+use crate::llm_host::Order;
 use crate::store::TemporaryFolder;
 use anyhow::Context;
 use fednano_shared::bundle::EdgeDtype;
+use fednano_shared::client::Forgetful;
 use fednano_shared::data::scene::DemoTheme;
 use fednano_shared::probe::shard;
 use fednano_shared::settings::FederationSettings;
@@ -89,6 +91,9 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
         ..Default::default()
     };
     let settings = args.settings.settings(defaults)?;
+    settings
+        .validate_for_server()
+        .map_err(|faults| anyhow::anyhow!("these settings cannot be served: {}", faults.join("; ")))?;
     let listen = if attended { &args.listen } else { "127.0.0.1:0" };
     let listener = bind(listen).await?;
     let model = resolve_model(&args.model)?;
@@ -104,7 +109,7 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
         federations: BTreeMap::from([("demo".to_owned(), settings.clone())]),
         held_out: HeldOutSource::Demo(args.data_seed),
         evaluation_limit: 0,
-        merge_requests: true,
+        order: Order::Arrival { merge: true },
     };
     let shutdown = CancellationToken::new();
     let app = App::start(server, (&device, dtype), shutdown.clone()).await?;
@@ -164,11 +169,12 @@ fn join_in_background(number: usize, link: String, args: &Args) -> anyhow::Resul
     std::thread::Builder::new().name(format!("native-{number}")).spawn(move || {
         let data = shard(theme, seed, pictures, questions);
         let name = format!("native-{}", theme.name());
+        let leave = CancellationToken::new(); // never
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let result = match runtime {
-            Ok(runtime) => runtime
-                .block_on(take_part(&link, &name, &data, DeviceChoice::Cpu, 60, CancellationToken::new()))
-                .map(drop),
+            Ok(runtime) => {
+                runtime.block_on(take_part(&link, &name, &data, DeviceChoice::Cpu, 60, leave, &mut Forgetful)).map(drop)
+            }
             Err(e) => Err(e.into()),
         };
         if let Err(e) = result {
@@ -325,6 +331,8 @@ mod tests {
             round,
             held_out: Evaluation { accuracy, loss: 1.0, samples },
             participants: Vec::new(),
+            late: Vec::new(),
+            local: None,
             training_loss: None,
             seconds: 0.0,
         };

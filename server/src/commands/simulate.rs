@@ -105,7 +105,7 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
         federations: BTreeMap::from([("simulation".to_owned(), settings.clone())]),
         held_out: HeldOutSource::Data(splits.test),
         evaluation_limit: args.evaluation_limit,
-        merge_requests: false,
+        order: crate::llm_host::Order::Lockstep,
     };
     let app = App::start(server, (&device, dtype), CancellationToken::new()).await?;
     let mut report = federate(&app, args, &settings, shards, &device).await?;
@@ -183,7 +183,7 @@ async fn federate(
         })
         .await?;
     bar.finish_and_clear();
-    anyhow::ensure!(outcomes.iter().all(|o| matches!(o, Outcome::Finished(_))), "a simulated client ended early");
+    anyhow::ensure!(outcomes.iter().all(|o| matches!(o, Outcome::Finished { .. })), "a simulated client ended early");
     let status = federation.finished().await;
     let last = full(Some(federation.adapter())).await?;
     for r in &status.history {
@@ -226,8 +226,9 @@ async fn client(
         cache: &cache,
         device: &device,
         max_tries: 3,
+        keep_every: std::time::Duration::MAX,
     };
-    Ok(participate(me, &mut connector, &TokioClock, &mut observer).await?)
+    Ok(participate(me, &mut connector, &TokioClock, &mut fednano_shared::client::Forgetful, &mut observer).await?)
 }
 
 /// Says when a client is in, and counts updates.

@@ -55,9 +55,9 @@ impl Coordinator {
             .and_then(|t| self.participants.iter().find(|(_, p)| p.saved.token == *t))
             .map(|(id, _)| *id);
         let id = known.unwrap_or_else(|| ParticipantId(self.participants.keys().last().map_or(1, |id| id.0 + 1)));
-        let token = match known.and_then(|id| self.participants.get(&id)) {
-            Some(p) => p.saved.token.clone(),
-            None => new_token().map_err(|cause| {
+        let token = match hello.resume.filter(|token| known.is_some() || token.is_sound()) {
+            Some(token) => token,
+            None => SessionToken::made_up().map_err(|cause| {
                 Refused::Fault(Fault {
                     code: FaultCode::Server,
                     cause,
@@ -93,7 +93,7 @@ impl Coordinator {
         let connection = p.connection;
         tracing::info!(federation = self.name, participant = id.0, again = known.is_some(), "joined");
         let (settings, status) = (self.settings.clone(), self.status());
-        Ok(Joined { id, token, settings, status, outbox, connection })
+        Ok(Joined { id, token, returning: known.is_some(), settings, status, outbox, connection })
     }
 
     pub(super) fn tell(&mut self, id: ParticipantId, message: ServerMessage) {
@@ -154,13 +154,6 @@ pub(super) fn add(sum: &mut Traffic, t: &Traffic) {
     sum.adapters_down += t.adapters_down;
     sum.control_down += t.control_down;
     sum.edge_down += t.edge_down;
-}
-
-/// 128 random bits from the system.
-fn new_token() -> Result<SessionToken, String> {
-    let mut bytes = [0u8; 16];
-    getrandom::fill(&mut bytes).map_err(|e| format!("the system gives no random numbers: {e}"))?;
-    Ok(SessionToken(bytes.iter().map(|b| format!("{b:02x}")).collect()))
 }
 
 fn taken_over() -> Fault {

@@ -45,6 +45,8 @@ pub struct Joined {
     pub id: ParticipantId,
     /// Its secret.
     pub token: SessionToken,
+    /// It was known: an earlier session goes on.
+    pub returning: bool,
     /// What was agreed.
     pub settings: FederationSettings,
     /// The federation now.

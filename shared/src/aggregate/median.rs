@@ -32,7 +32,6 @@ impl Aggregator for Median {
 #[cfg(test)]
 mod tests {
     use super::super::tests::{merged, scalars, settings, update};
-    use super::*;
     use crate::settings::{FederationSettings, Strategy};
 
     #[test]

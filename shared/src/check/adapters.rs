@@ -4,7 +4,7 @@
 use super::table::{Part, Table};
 use super::{CheckError, tensor};
 use crate::model::adapter::{NanoAdapters, read};
-use crate::plain::{AdapterState, BoundaryReply, BoundaryRequest, EvaluationReply, TensorBlob};
+use crate::plain::{BoundaryReply, BoundaryRequest, EvaluationReply, TensorBlob};
 use crate::step::{self, BoundaryError, LlmBoundary};
 use burn::tensor::Device;
 
@@ -60,13 +60,11 @@ pub async fn backward(
         values.iter_mut().for_each(|v| *v *= scale);
     }
     let (x, mask) = (tensor(&batch.x, device), tensor(&batch.image_mask, device));
-    let each = adapters.per_sample_gradients(x, tensor(&g, device), mask);
-    for (name, gradient) in AdapterState::NAMES.iter().zip(each) {
+    for (name, gradient) in adapters.per_sample_gradients(x, tensor(&g, device), mask) {
         table.add(&format!("adapter.per_sample_grad.{name}"), &read(gradient).await?, Part::All);
     }
 
-    let zeros = gradients.0.iter().map(|(name, g)| (name.clone(), TensorBlob::zeros(&g.shape)));
-    let mut fisher = AdapterState(zeros.collect());
+    let mut fisher = gradients.zeros_like();
     step::fisher_batch(adapters, &batch, &mut Answered(reply), device, &mut fisher).await?;
     for (name, sum) in &mut fisher.0 {
         sum.data.iter_mut().for_each(|v| *v /= inputs.rows as f32);

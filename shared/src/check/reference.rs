@@ -257,7 +257,7 @@ impl Inputs {
         let all = image.iter().filter(|i| **i).count();
         let fits = run == image_tokens && all == image_tokens;
         let (ids, prompt_length) = (self.ids[at].to_vec(), self.prompt_lengths[row]);
-        fits.then(|| Encoded { ids, image_start: Some(image_start), prompt_length })
+        fits.then_some(Encoded { ids, image_start: Some(image_start), prompt_length })
     }
 }
 

@@ -54,10 +54,7 @@ impl<'a, T: Transport, O: Observer> Link<'a, T, O> {
     }
 
     pub(crate) async fn send(&mut self, message: &ClientMessage) -> Result<(), Interruption> {
-        let frame = wire::encode(message);
-        if frame.len() > wire::MAX_FRAME {
-            return Err(ClientError::Refused(wire::WireError::TooLarge(frame.len()).fault()).into());
-        }
+        let frame = wire::encode_to_send(message).map_err(ClientError::Unsent)?;
         Ok(self.transport.send(frame).await?)
     }
 
@@ -109,7 +106,9 @@ enum Reply {
 }
 
 fn mismatched() -> BoundaryError {
-    BoundaryError::Refused("the reply answers another kind of request".into())
+    BoundaryError::Failed(
+        "the server's reply answers another kind of request; reload the page or update the older program".into(),
+    )
 }
 
 impl<T: Transport, O: Observer> Remote<'_, '_, T, O> {
@@ -117,7 +116,7 @@ impl<T: Transport, O: Observer> Remote<'_, '_, T, O> {
         let lost = |i: Interruption| match i {
             Interruption::Lost(cause) => BoundaryError::Lost(cause),
             Interruption::Left => BoundaryError::Lost(LEFT.into()),
-            Interruption::Failed(e) => BoundaryError::Refused(e.to_string()),
+            Interruption::Failed(e) => BoundaryError::Failed(e.to_string()),
         };
         self.link.send(&message).await.map_err(lost)?;
         loop {

@@ -23,7 +23,9 @@ use crate::edge::{FeatureCache, NanoEdge};
 use crate::model::adapter::DeviceError;
 use crate::plain::AdapterState;
 use crate::settings::{FederationSettings, Strategy};
-use crate::wire::{ClientMessage, Fault, Hello, LocalEvaluation, ParticipantId, ServerMessage, SessionToken, Status};
+use crate::wire::{
+    self, ClientMessage, Fault, Hello, LocalEvaluation, ParticipantId, ServerMessage, SessionToken, Status,
+};
 use burn::tensor::Device;
 use keep::{Desk, RoundSnapshot};
 use link::protocol;
@@ -181,6 +183,9 @@ pub enum ClientError {
     /// The server refused.
     #[error("{0}")]
     Refused(Fault),
+    /// An own message is one that no server would take.
+    #[error(transparent)]
+    Unsent(wire::WireError),
     /// The server stayed away.
     #[error("the server could not be reached for {tries} tries: {cause}; check the address and that the server runs")]
     Unreachable {
@@ -248,6 +253,10 @@ pub async fn participate<C: Connector, K: Clock, S: Keeper, O: Observer>(
     let mut desk = Desk::new(clock, keeper, me.keep_every, me.cache);
     let mut work = Work::default();
     let mut tries = 0u32;
+    if me.hello.resume.is_none() {
+        // Its own secret from the start: a server killed before its welcome arrives knows it all the same.
+        me.hello.resume = SessionToken::made_up().ok();
+    }
     loop {
         let result = match connector.connect().await {
             Ok(transport) => {
@@ -335,12 +344,11 @@ async fn shake_hands<T: Transport, O: Observer, K: Clock, S: Keeper>(
 ) -> Result<(ParticipantId, FederationSettings), Interruption> {
     link.send(&ClientMessage::Hello(me.hello.clone())).await?;
     match link.receive().await? {
-        ServerMessage::Welcome { participant, token, settings, status } => {
-            let resumed = me.hello.resume.as_ref() == Some(&token);
+        ServerMessage::Welcome { participant, token, returning: resumed, settings, status } => {
             settings
                 .validate()
                 .map_err(|faults| protocol(&format!("settings that cannot be used ({})", faults.join("; "))))?;
-            if desk.bind(&token, &settings) {
+            if desk.bind(&token, &settings) || !resumed {
                 // Somebody new to this server, or new here: what was trained in memory belongs to another participation.
                 let kept = desk.kept().await;
                 *work = Work { round: None, local: kept.as_ref().and_then(RoundSnapshot::local), kept };

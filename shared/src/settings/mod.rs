@@ -208,6 +208,12 @@ impl FederationSettings {
     }
 
     fn check_merging(&self, faults: &mut Faults) {
+        faults.need(self.strategy != Strategy::FisherAdam || self.optimizer == OptimizerKind::AdamW, || {
+            format!(
+                "strategy is '{}', which merges by AdamW's second moment, but optimizer is '{}'; choose 'adamw' or another strategy, such as 'fisher-ef'",
+                self.strategy, self.optimizer
+            )
+        });
         faults.above_0("server_rate", self.server_rate, 10.0);
         faults.need((0.0..1.0).contains(&self.server_beta1), || below_1("server_beta1", self.server_beta1));
         faults.need((0.0..1.0).contains(&self.server_beta2), || below_1("server_beta2", self.server_beta2));
@@ -302,10 +308,12 @@ mod tests {
 
     #[test]
     fn each_value_out_of_range_is_named() {
-        let cases: [(&str, fn(&mut FederationSettings)); 16] = [
+        type Change = fn(&mut FederationSettings);
+        let cases: [(&str, Change); 17] = [
             ("local_epochs", |s| s.local_epochs = 0),
             ("micro_batch", |s| s.micro_batch = 9),
             ("momentum", |s| s.momentum = 1.0),
+            ("strategy", |s| (s.strategy, s.optimizer) = (Strategy::FisherAdam, OptimizerKind::Sgd)),
             ("server_beta2", |s| s.server_beta2 = f64::NAN),
             ("server_tau", |s| s.server_tau = 0.0),
             ("trim", |s| s.trim = 0.5),

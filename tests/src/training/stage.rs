@@ -10,7 +10,8 @@ use fednano_shared::plain::{AdapterState, BoundaryRequest};
 use fednano_shared::settings::FederationSettings;
 use fednano_shared::step::{FrozenLlm, InProcess, LlmBoundary};
 use fednano_shared::wire::{
-    self, ClientMessage, LocalEvaluation, ParticipantId, Phase, Purpose, ServerMessage, SessionToken, Status, Update,
+    self, ClientMessage, Hello, LocalEvaluation, ParticipantId, Phase, Purpose, ServerMessage, SessionToken, Status,
+    Update,
 };
 use fednano_tests::hello;
 use rand::SeedableRng;
@@ -68,7 +69,7 @@ impl<'a> Stage<'a> {
         self.order()
     }
 
-    fn welcome(&self) -> ServerMessage {
+    fn welcome(&self, hello: &Hello) -> ServerMessage {
         let status = Status {
             federation: "test".into(),
             phase: Phase::Training,
@@ -79,12 +80,19 @@ impl<'a> Stage<'a> {
             min_participants: 1,
         };
         let token = SessionToken("secret".into());
-        ServerMessage::Welcome { participant: ParticipantId(1), token, settings: self.settings.clone(), status }
+        let returning = hello.resume.as_ref() == Some(&token);
+        ServerMessage::Welcome {
+            participant: ParticipantId(1),
+            token,
+            returning,
+            settings: self.settings.clone(),
+            status,
+        }
     }
 
     async fn answers(&self, message: ClientMessage) -> anyhow::Result<Option<Vec<ServerMessage>>> {
         Ok(Some(match message {
-            ClientMessage::Hello(_) => vec![self.welcome(), self.order()],
+            ClientMessage::Hello(hello) => vec![self.welcome(&hello), self.order()],
             ClientMessage::Train { id, round, request } => {
                 let number = self.trained.borrow().len();
                 if self.leave_after.get().is_some_and(|limit| number >= limit) {
@@ -125,7 +133,7 @@ impl<'s> Connector for &'s Stage<'s> {
     type Transport = Line<'s>;
 
     async fn connect(&mut self) -> Result<Line<'s>, TransportError> {
-        Ok(Line { stage: *self, frames: VecDeque::new(), left: false })
+        Ok(Line { stage: self, frames: VecDeque::new(), left: false })
     }
 }
 
