@@ -328,7 +328,8 @@ impl Model {
                 self.told.remove(&id);
             }
             Event::Lost(id) => {
-                if self.connected.remove(&id) {
+                let was_there = self.connected.remove(&id);
+                if was_there {
                     self.away.insert(id, self.now);
                 }
             }
