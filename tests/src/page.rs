@@ -407,7 +407,10 @@ pub fn phone_and_keyboard() -> anyhow::Result<()> {
         stage.go("&shard=garden&pictures=4&questions=2&seed=3").await?;
         stage.browser.wait("Join", CAN_JOIN).await?;
         let found = stage.browser.script(INTERACTIVE).await?;
-        let widths = stage.browser.script("return [innerWidth, document.documentElement.scrollWidth]").await?;
+        // With the longest words that its corner can show.
+        let measure = "document.getElementById('phase').textContent = 'testing the untouched model';
+            return [innerWidth, document.documentElement.scrollWidth]";
+        let widths = stage.browser.script(measure).await?;
         let width = |at: usize| widths[at].as_u64().unwrap_or(u64::MAX);
         ensure!(width(0) == 360, "the window is {} pixels wide, so this measures nothing", width(0));
         ensure!(width(1) <= 360, "the page is {} pixels wide", width(1));
