@@ -54,6 +54,10 @@ pretrain *ARGS: build
 simulate *ARGS: build
     @{{ fednano }} simulate "$@"
 
+# The study: runs that are not in docs/results yet, then its tables, plots and reading; --quick: all of it in a minute
+paper *ARGS: build
+    @{{ fednano }} paper "$@"
+
 # Fetch the easy-VQA data set (MIT licence) into data/easy-vqa
 easy-vqa:
     #!/usr/bin/env bash

@@ -4,10 +4,12 @@ use anyhow::Context;
 use burn::tensor::{DType, Device};
 use clap::ValueEnum;
 use fednano_shared::model::checkpoint::Weights;
+use serde::{Deserialize, Serialize};
 use std::path::Path;
 
 /// `--device`
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum DeviceChoice {
     /// A real GPU if there is one, else the CPU.
     Auto,
@@ -35,8 +37,9 @@ impl DeviceChoice {
 }
 
 /// `--dtype`: the type of the frozen LLM's weights and of what is computed with them. The client's half is in f32 anywhere.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[value(rename_all = "lower")]
+#[serde(rename_all = "lowercase")]
 pub enum ComputeDtype {
     /// f32 on the CPU; on a GPU the type that the checkpoint is stored in, or f32 where the GPU does not compute in that.
     Auto,

@@ -11,6 +11,7 @@
 //! | `llm_host` | the thread that owns the LLM's device; batches across clients |
 //! | `store` | what survives on disk |
 //! | `native` | a participant over a real socket |
+//! | `experiment` | simulated federations, and the study made of them |
 //! | `datasets` | question files, ScienceQA and IconQA with their pictures to samples |
 //! | `device` | CPU, wgpu or CUDA, chosen at run time |
 //! | `check` | a checkpoint against reference values of PyTorch, tensor by tensor |
@@ -31,6 +32,7 @@ pub mod datasets;
 pub mod device;
 pub mod edge_bundle;
 pub mod edge_download;
+pub mod experiment;
 pub mod fetch;
 pub mod held_out;
 pub mod http;

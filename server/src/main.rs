@@ -20,6 +20,7 @@ enum Command {
     Serve(commands::serve::Args),
     Join(commands::join::Args),
     Simulate(commands::simulate::Args),
+    Paper(commands::paper::Args),
     Demo(commands::demo::Args),
     Pretrain(commands::pretrain::Args),
     Ask(commands::ask::Args),
@@ -35,12 +36,17 @@ enum Command {
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "fednano_server=info".into());
+    let command = Cli::parse().command;
+    // Hundreds of federations have much to say.
+    let quiet = matches!(command, Command::Simulate(_) | Command::Paper(_));
+    let usual = if quiet { "fednano_server=warn" } else { "fednano_server=info" };
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| usual.into());
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
-    match Cli::parse().command {
+    match command {
         Command::Serve(args) => commands::serve::main(&args).await,
         Command::Join(args) => commands::join::main(&args).await,
         Command::Simulate(args) => commands::simulate::main(&args).await,
+        Command::Paper(args) => commands::paper::main(&args).await,
         Command::Demo(args) => commands::demo::main(&args).await,
         Command::Ask(args) => commands::ask::main(&args).await,
         Command::Check(args) => tokio::task::spawn_blocking(move || commands::check::main(&args)).await?,

@@ -12,6 +12,7 @@ use crate::model::checkpoint::{CheckpointError, EdgeParts, load_edge};
 use crate::model::{clip::VisionTower, files::ModelFiles, projector::Projector};
 use crate::plain::{Target, TensorBlob};
 use burn::tensor::{Device, Tensor, TensorData};
+use std::sync::Arc;
 
 /// The frozen client part of a model.
 pub struct NanoEdge {
@@ -42,8 +43,8 @@ pub enum EdgeError {
 
 /// A data set with frozen features, computed once.
 pub struct FeatureCache {
-    /// Image features of each picture, `P * D` values.
-    pub pictures: Vec<Vec<f32>>,
+    /// Image features of each picture, `P * D` values; caches of several participants in one process may share them.
+    pub pictures: Vec<Arc<[f32]>>,
     /// Tokenized samples.
     pub samples: Vec<CachedSample>,
 }
@@ -130,7 +131,8 @@ impl NanoEdge {
         }
         let mut pictures = Vec::with_capacity(data.pictures.len());
         for group in data.pictures.chunks(PICTURES_AT_ONCE) {
-            pictures.extend(self.image_features(&group.iter().collect::<Vec<_>>()).await?);
+            let features = self.image_features(&group.iter().collect::<Vec<_>>()).await?;
+            pictures.extend(features.into_iter().map(Arc::from));
             progress(pictures.len(), data.pictures.len());
         }
         Ok(FeatureCache { pictures, samples })
@@ -142,7 +144,7 @@ impl NanoEdge {
             .iter()
             .map(|&r| {
                 let s = &cache.samples[r];
-                (&s.encoded, s.picture.map(|p| cache.pictures[p].as_slice()).unwrap_or_default())
+                (&s.encoded, s.picture.map(|p| &*cache.pictures[p]).unwrap_or_default())
             })
             .collect();
         self.assemble(&rows)

@@ -92,9 +92,10 @@ pub async fn run<B: LlmBoundary>(
     let mut fisher = state.zeros_like();
     step::fisher_batch(&adapters, &batch, boundary, device, &mut fisher).await?;
     fisher.0.values_mut().flat_map(|b| &mut b.data).for_each(|v| *v /= rows.len() as f32);
-    let width = cache.pictures.first().map_or(0, Vec::len);
+    let width = cache.pictures.first().map_or(0, |features| features.len());
+    let features = cache.pictures.iter().flat_map(|features| features.iter().copied()).collect();
     Ok(ProbeResult {
-        features: TensorBlob { shape: vec![cache.pictures.len(), width], data: cache.pictures.concat() },
+        features: TensorBlob { shape: vec![cache.pictures.len(), width], data: features },
         hidden,
         loss: reply.loss,
         row_loss: reply.row_loss,

@@ -67,6 +67,7 @@ const FORBIDDEN: &[(&str, &[&str], &[&str])] = &[
     ("server/src/llm_host.rs", &["crate::"], &[]),
     ("server/src/llm_host", &["crate::"], &[]),
     ("server/src/store", &["crate::"], &[]),
+    ("server/src/experiment", &["crate::commands", "crate::http"], &[]),
     ("web-client/src", &["fednano_server", "tokio", "axum"], &[]),
     ("web-client/src", &["#[wasm_bindgen"], &["lib.rs"]),
 ];

@@ -9,6 +9,7 @@ mod browser_check;
 mod bundles;
 mod churn;
 mod devices;
+mod experiments;
 mod faults;
 mod federation;
 mod fetching;
@@ -171,6 +172,12 @@ const INDEX: &[(&str, &[Needs], Test)] = &[
     ("modalities::without_pictures_the_image_adapter_gets_a_zero_gradient", &[Nothing], modalities::zero_gradient),
     ("modalities::ordinary_text_and_picture_clients_federate", &[Nothing], modalities::federation),
     ("modalities::the_page_takes_and_answers_them", &[NanoLlava, Chromium], modalities::page),
+    // Simulations and the study.
+    ("experiments::the_same_seed_gives_the_same_adapters", &[Nothing], experiments::same_seed_same_adapters),
+    ("experiments::personal_and_centralised_runs", &[Nothing], experiments::personal_and_centralised),
+    ("experiments::a_hundred_clients_with_few_samples", &[Nothing], experiments::a_hundred_with_few_samples),
+    ("experiments::simulate_takes_a_file", &[Nothing], experiments::simulate_with_a_file),
+    ("experiments::the_study_reproduces_and_resumes", &[NanoLlava], experiments::the_study_reproduces_and_resumes),
     // The layout of the code.
     ("architecture::imports_go_downward", &[Nothing], architecture::imports),
     ("architecture::files_stay_short", &[Nothing], architecture::file_lengths),

@@ -9,6 +9,7 @@ pub mod eval;
 pub mod export;
 pub mod fetch;
 pub mod join;
+pub mod paper;
 pub mod pretrain;
 pub mod random_model;
 pub mod resume;

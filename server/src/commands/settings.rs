@@ -106,20 +106,32 @@ impl SettingFlags {
     /// # Errors
     /// A file that cannot be read; all faults together.
     pub fn settings(&self, defaults: FederationSettings) -> anyhow::Result<FederationSettings> {
-        let file = match &self.settings_file {
-            None => None,
-            Some(path) => {
-                let text = std::fs::read_to_string(path)
-                    .with_context(|| format!("cannot read the settings file {}", path.display()))?;
-                Some((path.display().to_string(), text))
-            }
-        };
-        self.over(file, defaults)
+        self.over(self.file()?, defaults)
     }
 
-    /// The same with a file's name and text.
-    fn over(&self, file: Option<(String, String)>, defaults: FederationSettings) -> anyhow::Result<FederationSettings> {
-        let (mut settings, mut faults) = (defaults, Vec::new());
+    /// The file over what is there already, the flags over both, and what is wrong with them; values are not checked, since
+    /// others may be put over them in turn.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn gather(&self, settings: FederationSettings) -> anyhow::Result<(FederationSettings, Vec<String>)> {
+        Ok(self.put(self.file()?, settings))
+    }
+
+    /// The settings file's name and text.
+    fn file(&self) -> anyhow::Result<Option<(String, String)>> {
+        let Some(path) = &self.settings_file else { return Ok(None) };
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("cannot read the settings file {}", path.display()))?;
+        Ok(Some((path.display().to_string(), text)))
+    }
+
+    fn put(
+        &self,
+        file: Option<(String, String)>,
+        mut settings: FederationSettings,
+    ) -> (FederationSettings, Vec<String>) {
+        let mut faults = Vec::new();
         if let Some((name, text)) = file {
             let (read, in_file) = settings.with_toml(&text);
             settings = read;
@@ -127,6 +139,12 @@ impl SettingFlags {
         }
         let (settings, in_flags) = settings.with(self);
         faults.extend(in_flags);
+        (settings, faults)
+    }
+
+    /// [`Self::settings`] with a file's name and text.
+    fn over(&self, file: Option<(String, String)>, defaults: FederationSettings) -> anyhow::Result<FederationSettings> {
+        let (settings, mut faults) = self.put(file, defaults);
         faults.extend(settings.validate().err().into_iter().flatten());
         anyhow::ensure!(faults.is_empty(), "these settings are not usable:\n  {}", faults.join("\n  "));
         Ok(settings)

@@ -1,69 +1,101 @@
 //! `fednano simulate`: server and clients in one process, over channels, seeded.
 
 use super::SettingFlags;
-use crate::app::{App, HeldOutSource, ServerSettings};
-use crate::datasets;
 use crate::device::{ComputeDtype, DeviceChoice};
+use crate::experiment::config::{Config, FEDERATION, Places, SIMULATION, Task};
+use crate::experiment::figures::Tested;
+use crate::experiment::run::{Done, RoundLine, Run, Watch, run, sum};
+use crate::experiment::stage::{Exam, Stage};
+use crate::experiment::statistics::Spread;
 use crate::fetch::resolve_model;
-use crate::native::{ChannelConnector, TokioClock};
-use crate::store::TemporaryFolder;
+use crate::store::{Store, TemporaryFolder};
 use anyhow::Context;
-use burn::tensor::Device;
 use fednano_shared::bundle::EdgeDtype;
-use fednano_shared::client::{ClientEvent, Observer, Outcome, Participant, participate};
-use fednano_shared::data::dataset::Dataset;
-use fednano_shared::data::split::dirichlet;
-use fednano_shared::edge::{FeatureCache, NanoEdge};
-use fednano_shared::settings::FederationSettings;
-use fednano_shared::wire::{ClientKind, Hello, Purpose};
+use fednano_shared::settings::{FederationSettings, put_over};
+use fednano_shared::wire::Traffic;
 use indicatif::{ProgressBar, ProgressStyle};
-use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
-use std::collections::BTreeMap;
+use serde::Serialize;
+use std::cell::RefCell;
+use std::fs::File;
+use std::io::{BufWriter, Write};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Instant;
-use tokio::sync::oneshot;
-use tokio_util::sync::CancellationToken;
 
-/// Run a whole federation in one process, seeded.
+/// Run whole federations in one process, seeded: on the CPU the same seed gives the same adapters bit for bit.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Model directory in Hugging Face's layout, or a model of the hub as owner/name after `fednano fetch owner/name`.
-    #[arg(long)]
-    model: String,
-    /// Folder with train/ and test/ (easy-VQA, LLaVA JSON or CSV in each).
-    #[arg(long)]
-    data: PathBuf,
-    /// Clients.
-    #[arg(long, default_value_t = 5)]
-    clients: usize,
-    /// Dirichlet concentration of the split by answer; smaller is more uneven.
-    #[arg(long, default_value_t = 1.0)]
-    alpha: f64,
-    /// Training samples a client at most (0: all).
-    #[arg(long, default_value_t = 500)]
-    limit: usize,
-    /// Held-out samples used after each round (0: all); first and final figures always use all.
-    #[arg(long, default_value_t = 2000)]
-    evaluation_limit: usize,
-    /// Where everything runs.
-    #[arg(long, value_enum, default_value = "cpu")]
-    device: DeviceChoice,
-    /// Type of the LLM's weights and of what is computed with them.
-    #[arg(long, value_enum, default_value = "auto")]
-    dtype: ComputeDtype,
-    /// How clients get the weights of their half of the model: f16, or smaller and coarser int8 or int4.
-    #[arg(long, default_value_t = EdgeDtype::F16)]
-    edge_dtype: EdgeDtype,
+    /// File with the tables [simulation] and [federation] (server/simulation.toml explains the keys); flags go over it.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    simulation: SimulationFlags,
     /// File for the results.
     #[arg(long)]
     json: Option<PathBuf>,
-    /// Folder for adapters and state (a temporary one otherwise).
+    /// File for a line of JSON after each round.
+    #[arg(long)]
+    jsonl: Option<PathBuf>,
+    /// Folder for adapters and state (a temporary one otherwise); each run is a federation there, named by its seed.
     #[arg(long)]
     data_dir: Option<PathBuf>,
     #[command(flatten)]
     settings: SettingFlags,
+}
+
+/// Each flag is the key of [simulation] of the same name and goes over the file's.
+#[derive(Debug, Clone, Default, clap::Args, Serialize)]
+struct SimulationFlags {
+    /// Model directory in Hugging Face's layout, or a model of the hub as owner/name after `fednano fetch owner/name`.
+    #[arg(long)]
+    model: Option<String>,
+    /// Folder with train/ and test/ (easy-VQA, LLaVA JSON or CSV in each), or ScienceQA or IconQA as published.
+    #[arg(long)]
+    data: Option<PathBuf>,
+    /// Where everything is computed.
+    #[arg(long, value_enum)]
+    device: Option<DeviceChoice>,
+    /// Type of the LLM's weights and of what is computed with them.
+    #[arg(long, value_enum)]
+    dtype: Option<ComputeDtype>,
+    /// How clients get the weights of their half of the model: f16, or smaller and coarser int8 or int4.
+    #[arg(long)]
+    edge_dtype: Option<EdgeDtype>,
+    /// Clients.
+    #[arg(long)]
+    clients: Option<usize>,
+    /// Dirichlet concentration of the split by answer; smaller is more uneven.
+    #[arg(long)]
+    alpha: Option<f64>,
+    /// Training samples in all, drawn before the split (0: all).
+    #[arg(long)]
+    samples: Option<usize>,
+    /// Training samples a client at most (0: all).
+    #[arg(long)]
+    limit: Option<usize>,
+    /// Test samples used after each round (0: all).
+    #[arg(long)]
+    evaluation_limit: Option<usize>,
+    /// Test samples used before the first and after the last round (0: all).
+    #[arg(long)]
+    test_limit: Option<usize>,
+    /// One run for each.
+    #[arg(long, value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    seeds: Vec<u64>,
+    /// Families of samples: data, scenes (generated), or both, which share the clients.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tasks: Vec<Task>,
+    /// Share of the clients that have no pictures.
+    #[arg(long)]
+    text_only: Option<f64>,
+    /// Share of the clients whose questions are lost.
+    #[arg(long)]
+    picture_only: Option<f64>,
+    /// Beside each run, one in which a single client holds all samples.
+    #[arg(long)]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    centralised: bool,
 }
 
 /// Run it.
@@ -72,53 +104,49 @@ pub struct Args {
 /// Unusable data, model or settings.
 pub async fn main(args: &Args) -> anyhow::Result<()> {
     let started = Instant::now();
-    let defaults =
-        FederationSettings { min_participants: args.clients, round_deadline_s: 86_400, ..Default::default() };
-    let settings = args.settings.settings(defaults)?;
-    let model = resolve_model(&args.model)?;
-    let (device, device_name) = args.device.open()?;
-    let dtype = args.dtype.choose(&model, &device, &device_name)?;
-    let splits = datasets::open_splits(&args.data)?;
-    println!("{} training and {} test samples on {device_name}", splits.train.samples.len(), splits.test.samples.len());
-    let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
-    let shares = dirichlet(&splits.train.samples, args.clients, args.alpha, &mut rng)?;
-    let limit = if args.limit == 0 { usize::MAX } else { args.limit };
-    let shards: Vec<Dataset> = shares.iter().map(|rows| splits.train.subset(rows).limit(limit, &mut rng)).collect();
-    let baselines = (
-        Dataset::constant_baseline(&splits.train, &splits.test),
-        Dataset::question_only_baseline(&splits.train, &splits.test),
-    );
+    let config = config(args)?;
+    let simulation = &config.simulation;
+    let model = resolve_model(&simulation.model)?;
+    let temporary = TemporaryFolder::create("simulate")?;
+    remove_on_ctrl_c(temporary.path().to_owned());
+    let folder = args.data_dir.clone().unwrap_or_else(|| temporary.path().to_owned());
+    let runs = config.runs();
+    unused(&folder, &runs)?;
+    let mut lines = Lines::open(args.jsonl.as_ref())?;
+    let tasks = simulation.tasks.iter().copied().collect();
+    let stage = Stage::open(simulation, &model, &tasks, &folder, 1)?;
+    let host = stage.hosts.first().context("there is no LLM")?;
+    let exam = stage.exam(simulation).await?;
+    let zero_shot = exam.zero_shot(host).await?;
+    println!("{} test samples on {}", exam.samples(), stage.device_name);
+    println!("untouched model: {}", percent(&zero_shot));
 
-    let (folder, temporary) = match &args.data_dir {
-        Some(folder) => (folder.clone(), None),
-        None => {
-            let temporary = TemporaryFolder::create("simulate")?;
-            remove_on_ctrl_c(temporary.path().to_owned());
-            (temporary.path().to_owned(), Some(temporary))
-        }
-    };
-    let server = ServerSettings {
-        model,
-        www: PathBuf::from("www"),
-        data_dir: folder,
-        edge_dtype: args.edge_dtype,
-        federations: BTreeMap::from([("simulation".to_owned(), settings.clone())]),
-        held_out: HeldOutSource::Data(splits.test),
-        evaluation_limit: args.evaluation_limit,
-        order: crate::llm_host::Order::Lockstep,
-    };
-    let app = App::start(server, (&device, dtype), CancellationToken::new()).await?;
-    let mut report = federate(&app, args, &settings, shards, &device).await?;
-    drop(temporary);
-    let (constant, question_only) = baselines;
-    println!(
-        "best constant answer {:.1} %, best question-only answer {:.1} %",
-        constant * 100.0,
-        question_only * 100.0
-    );
-    report["baselines"] = serde_json::json!({"constant": constant, "question_only": question_only});
-    report["seconds"] = serde_json::json!(started.elapsed().as_secs_f64());
+    let bar = ProgressBar::new(runs.iter().map(|(_, s)| u64::from(s.rounds) * s.min_participants as u64).sum());
+    bar.set_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} updates, {elapsed} spent, {eta} left")?);
+    let mut done = Vec::new();
+    for (name, settings) in &runs {
+        let (update, told) = (|| bar.inc(1), RefCell::new(&mut lines));
+        let round = |line: &RoundLine<'_>| {
+            told.borrow_mut().add(line);
+            bar.suspend(|| say(line));
+        };
+        let watch = Watch { update: &update, round: &round };
+        let what = Run { name, simulation, settings, rules: &[], folder: &folder };
+        let result = run(&stage, host, &what, &watch).await?;
+        bar.suspend(|| println!("{name}: {} at the end", percent(result.figures.used())));
+        done.push((name.as_str(), settings, result));
+    }
+    bar.finish_and_clear();
+    lines.close()?;
+    print!("{}", table(&exam, &zero_shot, &done));
     if let Some(path) = &args.json {
+        let runs: Vec<serde_json::Value> = done.iter().map(report).collect();
+        let (constant, question_only) = exam.baselines;
+        let report = serde_json::json!({
+            "simulation": simulation, "zero_shot": zero_shot.together,
+            "baselines": {"constant": constant, "question_only": question_only},
+            "runs": runs, "seconds": started.elapsed().as_secs_f64(),
+        });
         std::fs::write(path, serde_json::to_vec_pretty(&report)?)
             .with_context(|| format!("cannot write {}", path.display()))?;
         println!("results in {}", path.display());
@@ -126,8 +154,46 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Ctrl-C ends a simulation at once, as ever, but leaves nothing behind.
-fn remove_on_ctrl_c(folder: PathBuf) {
+/// The file, the flags over it, everything checked at once.
+fn config(args: &Args) -> anyhow::Result<Config> {
+    let (mut config, mut places, mut faults) = (Config::default(), Places::default(), Vec::new());
+    if let Some(path) = &args.config {
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("cannot read the configuration {}", path.display()))?;
+        faults.extend(config.put_file(&path.display().to_string(), &text, &mut places));
+    }
+    places.flags(SIMULATION, &args.simulation);
+    places.flags(FEDERATION, &args.settings);
+    let (simulation, wrong) = put_over(&config.simulation, &args.simulation);
+    config.simulation = simulation;
+    faults.extend(wrong.iter().map(|fault| places.say(SIMULATION, fault)));
+    let (federation, wrong) = args.settings.gather(config.federation)?;
+    config.federation = federation;
+    faults.extend(wrong.iter().map(|fault| places.say(FEDERATION, fault)));
+    // A seed by flag is meant, whatever seeds the file names.
+    if places.by_flag(FEDERATION, "seed") && args.simulation.seeds.is_empty() {
+        config.simulation.seeds.clear();
+    }
+    faults.extend(config.faults(&places));
+    anyhow::ensure!(faults.is_empty(), "this simulation cannot be run:\n  {}", faults.join("\n  "));
+    Ok(config)
+}
+
+/// A federation that is there already would be gone on with, by clients that nobody knows.
+fn unused(folder: &std::path::Path, runs: &[(String, FederationSettings)]) -> anyhow::Result<()> {
+    let there = Store::federations(folder)?;
+    for (name, _) in runs {
+        anyhow::ensure!(
+            there.iter().all(|federation| federation.name != *name),
+            "{} holds a federation '{name}' already; choose another --data-dir, or other seeds",
+            folder.display()
+        );
+    }
+    Ok(())
+}
+
+/// Ctrl-C ends a simulation at once, but leaves nothing behind.
+pub(super) fn remove_on_ctrl_c(folder: PathBuf) {
     tokio::spawn(async move {
         if tokio::signal::ctrl_c().await.is_ok() {
             drop(std::fs::remove_dir_all(folder));
@@ -136,113 +202,160 @@ fn remove_on_ctrl_c(folder: PathBuf) {
     });
 }
 
-/// Evaluate, let all clients take part, evaluate again.
-async fn federate(
-    app: &App,
-    args: &Args,
-    settings: &FederationSettings,
-    shards: Vec<Dataset>,
-    device: &Device,
-) -> anyhow::Result<serde_json::Value> {
-    let federation = app.federation("simulation").context("the federation did not start")?;
-    let full = |adapter: Option<fednano_shared::plain::AdapterState>| {
-        let (held_out, llm) = (app.held_out.clone(), app.llm());
-        async move {
-            let rows: Vec<usize> = (0..held_out.cache.samples.len()).collect();
-            let run = move || held_out.evaluate(adapter.as_ref(), &rows, &llm);
-            tokio::task::spawn_blocking(run).await?.map_err(anyhow::Error::msg)
-        }
-    };
-    let zero_shot = full(None).await?;
-    println!("zero-shot: {:.1} % of {} test samples", zero_shot.accuracy * 100.0, zero_shot.samples);
-    let samples: Vec<usize> = shards.iter().map(|s| s.samples.len()).collect();
-    let bar = ProgressBar::new(u64::from(settings.rounds) * samples.len() as u64);
-    bar.set_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} updates, {elapsed} spent, {eta} left")?);
+/// The file of `--jsonl`, if there is one.
+struct Lines {
+    file: Option<BufWriter<File>>,
+    failed: Option<std::io::Error>,
+}
 
-    let clients = tokio::task::LocalSet::new();
-    let mut tasks = Vec::new();
-    let edge = app.held_out.edge.clone();
-    let shared = app.shared();
-    let outcomes = clients
-        .run_until(async {
-            for (number, shard) in shards.into_iter().enumerate() {
-                let cache = edge.encode(&shard, |_, _| {}).await?;
-                let (joined, seen) = oneshot::channel();
-                let observer = Seen { joined: Some(joined), bar: bar.clone() };
-                let task =
-                    client(number, cache, edge.clone(), device.clone(), ChannelConnector(shared.clone()), observer);
-                tasks.push(tokio::task::spawn_local(task));
-                // One after the other, so that numbers follow the split.
-                seen.await.context("a simulated client could not join")?;
-            }
-            let mut outcomes = Vec::new();
-            for task in tasks {
-                outcomes.push(task.await??);
-            }
-            anyhow::Ok(outcomes)
-        })
-        .await?;
-    bar.finish_and_clear();
-    anyhow::ensure!(outcomes.iter().all(|o| matches!(o, Outcome::Finished { .. })), "a simulated client ended early");
-    let status = federation.finished().await;
-    let last = full(Some(federation.adapter())).await?;
-    for r in &status.history {
-        println!(
-            "round {:>2}: {:.1} % of {} (loss {:.3})",
-            r.round,
-            r.held_out.accuracy * 100.0,
-            r.held_out.samples,
-            r.held_out.loss
+impl Lines {
+    fn open(path: Option<&PathBuf>) -> anyhow::Result<Self> {
+        let file = path
+            .map(|path| File::create(path).with_context(|| format!("cannot write {}", path.display())))
+            .transpose()?
+            .map(BufWriter::new);
+        Ok(Self { file, failed: None })
+    }
+
+    /// Each line is there as soon as its round is.
+    fn add(&mut self, line: &RoundLine<'_>) {
+        let Some(file) = &mut self.file else { return };
+        let mut write = || -> std::io::Result<()> {
+            serde_json::to_writer(&mut *file, line)?;
+            file.write_all(b"\n")?;
+            file.flush()
+        };
+        self.failed = self.failed.take().or(write().err());
+    }
+
+    fn close(self) -> anyhow::Result<()> {
+        match self.failed {
+            Some(cause) => Err(cause).context("the lines of --jsonl could not be written; is the disk full?"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A round on the terminal.
+fn say(line: &RoundLine<'_>) {
+    let own = line.local.map(|l| format!(", own test samples {:.1} %", l.own.accuracy * 100.0)).unwrap_or_default();
+    println!(
+        "{} round {:>2}: {:.1} % of {} (loss {:.3}){own}",
+        line.run,
+        line.round,
+        line.accuracy * 100.0,
+        line.samples,
+        line.loss
+    );
+}
+
+/// Accuracy, and that of each task where there are several.
+fn percent(tested: &Tested) -> String {
+    let mut text = format!("{:.1} %", tested.together.accuracy * 100.0);
+    for (task, e) in &tested.tasks {
+        text += &format!(", {task} {:.1} %", e.accuracy * 100.0);
+    }
+    text
+}
+
+type Finished<'a> = (&'a str, &'a FederationSettings, Done);
+
+/// The final table, and mean and spread over seeds for each strategy.
+fn table(exam: &Exam, zero_shot: &Tested, done: &[Finished<'_>]) -> String {
+    let mut text = format!(
+        "\n{:<22} {:<13} {:>9} {:>12} {:>10} {:>10} {:>9}\n",
+        "run", "strategy", "test", "own tests", "MB up", "MB down", "seconds"
+    );
+    let percent = |share: f64| format!("{:.1} %", share * 100.0);
+    for (name, settings, run) in done {
+        let clients = run.traffic.len().max(1) as f64 * 1e6;
+        let all = sum(run.traffic.iter());
+        let up = (all.activations_up + all.updates_up + all.control_up) as f64 / clients;
+        let down = (all.gradients_down + all.adapters_down + all.control_down) as f64 / clients;
+        text += &format!(
+            "{name:<22} {:<13} {:>9} {:>12} {up:>10.2} {down:>10.2} {:>9.1}\n",
+            settings.strategy,
+            percent(run.figures.used().together.accuracy),
+            run.figures.local().map_or_else(|| "-".to_owned(), percent),
+            run.seconds
         );
     }
-    println!("final: {:.1} % of {} test samples", last.accuracy * 100.0, last.samples);
-    let traffic: BTreeMap<String, _> = status.participants.iter().map(|p| (p.name.clone(), p.traffic)).collect();
-    Ok(serde_json::json!({
-        "settings": settings, "clients": args.clients, "alpha": args.alpha, "samples": samples,
-        "zero_shot": zero_shot, "rounds": status.history, "final": last, "traffic": traffic,
-    }))
-}
-
-async fn client(
-    number: usize,
-    cache: FeatureCache,
-    edge: Arc<NanoEdge>,
-    device: Device,
-    mut connector: ChannelConnector,
-    mut observer: Seen,
-) -> anyhow::Result<Outcome> {
-    let me = Participant {
-        hello: Hello {
-            federation: "simulation".into(),
-            name: format!("client-{}", number + 1),
-            kind: ClientKind::Simulated,
-            device: "simulated".into(),
-            samples: cache.samples.len() as u32,
-            edge_bytes: 0,
-            purpose: Purpose::Train,
-            resume: None,
-        },
-        edge: &edge,
-        cache: &cache,
-        device: &device,
-        max_tries: 3,
-        keep_every: std::time::Duration::MAX,
-    };
-    Ok(participate(me, &mut connector, &TokioClock, &mut fednano_shared::client::Forgetful, &mut observer).await?)
-}
-
-/// Says when a client is in, and counts updates.
-struct Seen {
-    joined: Option<oneshot::Sender<()>>,
-    bar: ProgressBar,
-}
-
-impl Observer for Seen {
-    fn event(&mut self, event: ClientEvent<'_>) {
-        match event {
-            ClientEvent::Joined { .. } => drop(self.joined.take().map(|j| j.send(()))),
-            ClientEvent::Uploaded { .. } => self.bar.inc(1),
-            _ => {}
+    let mut strategies: Vec<_> = done.iter().map(|(_, settings, _)| settings.strategy).collect();
+    strategies.dedup();
+    strategies.truncate(2); // a run, and the centralised one beside it
+    for strategy in strategies {
+        let own = done.iter().filter(|(_, settings, _)| settings.strategy == strategy);
+        let values: Vec<f64> = own.map(|(_, _, run)| run.figures.used().together.accuracy * 100.0).collect();
+        if let Some(Spread { mean, sd, n }) = Spread::of(&values).filter(|s| s.n > 1) {
+            text += &format!("{strategy}: {mean:.1} ± {sd:.1} % over {n} seeds\n");
         }
+    }
+    let (constant, question_only) = exam.baselines;
+    text += &format!(
+        "untouched model {}, best constant answer {}, best question-only answer {} (bytes are of one client)\n",
+        percent(zero_shot.together.accuracy),
+        percent(constant),
+        percent(question_only)
+    );
+    text
+}
+
+/// A run for `--json`.
+fn report((name, settings, run): &Finished<'_>) -> serde_json::Value {
+    let samples: Vec<usize> = run.figures.clients.iter().map(|c| c.samples).collect();
+    let traffic: &[Traffic] = &run.traffic;
+    serde_json::json!({
+        "name": name, "settings": settings, "samples": samples, "rounds": run.history, "final": run.figures.used().together,
+        "figures": run.figures, "traffic": traffic, "seconds": run.seconds,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn read(words: &[&str]) -> anyhow::Result<Config> {
+        let words = std::iter::once("fednano").chain(words.iter().copied());
+        config(&Cli::try_parse_from(words).unwrap().args)
+    }
+
+    #[test]
+    fn flags_go_over_the_file() {
+        let folder = TemporaryFolder::create("config").unwrap();
+        let file = folder.path().join("mine.toml");
+        std::fs::write(
+            &file,
+            "[simulation]\nmodel = \"m\"\ndata = \"d\"\nclients = 7\nseeds = [1, 2]\n[federation]\nrank = 4\nrounds = 9\n",
+        )
+        .unwrap();
+        let file = file.display().to_string();
+        let config = read(&["--config", &file, "--rounds", "3", "--alpha", "0.5", "--tasks", "data,scenes"]).unwrap();
+        assert_eq!((config.simulation.clients, config.simulation.alpha, config.simulation.tasks.len()), (7, 0.5, 2));
+        assert_eq!((config.federation.rank, config.federation.rounds), (4, 3));
+        assert_eq!(config.runs().len(), 2);
+        let seeded = read(&["--config", &file, "--seed", "5"]).unwrap();
+        assert_eq!(seeded.runs().iter().map(|(name, s)| (name.as_str(), s.seed)).collect::<Vec<_>>(), [("seed-5", 5)]);
+        let cause = read(&["--config", &file, "--clients", "0", "--learning-rate", "9"]).unwrap_err().to_string();
+        assert!(
+            cause.contains("--clients: clients is 0") && cause.contains("--learning-rate: learning_rate is 9"),
+            "{cause}"
+        );
+    }
+
+    #[test]
+    fn every_flag_is_a_key() {
+        let keys = serde_json::to_value(crate::experiment::config::Simulation::default()).unwrap();
+        let all =
+            SimulationFlags { seeds: vec![1], tasks: vec![Task::Scenes], centralised: true, ..Default::default() };
+        let flags = serde_json::to_value(all).unwrap();
+        let (flags, keys) = (flags.as_object().unwrap(), keys.as_object().unwrap());
+        assert_eq!(flags.keys().collect::<Vec<_>>(), keys.keys().collect::<Vec<_>>());
     }
 }

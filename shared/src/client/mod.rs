@@ -18,6 +18,7 @@ mod round;
 
 pub use keep::{Forgetful, Keeper};
 pub(crate) use link::{Interruption, LEFT, Link, Remote, name};
+pub use round::test_samples;
 
 use crate::edge::{FeatureCache, NanoEdge};
 use crate::model::adapter::DeviceError;

@@ -369,9 +369,9 @@ impl Plan {
     }
 }
 
-/// The own test samples, in order: drawn once for a participant, the same in every round. At least one where a share is asked
-/// for, but one sample at least is left to train on.
-fn test_samples(settings: &FederationSettings, id: ParticipantId, samples: usize) -> Vec<usize> {
+/// The test samples of participant `id` among its `samples`, in order: drawn once, the same in every round. At least one where a
+/// share is asked for, but one sample at least is left to train on.
+pub fn test_samples(settings: &FederationSettings, id: ParticipantId, samples: usize) -> Vec<usize> {
     let wanted = (settings.local_test * samples as f64).round() as usize;
     let least = usize::from(settings.local_test > 0.0);
     let count = wanted.max(least).min(samples.saturating_sub(1));

@@ -2,6 +2,7 @@
 
 use super::FederationSettings;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use toml::Table;
 
 impl FederationSettings {
@@ -27,29 +28,35 @@ impl FederationSettings {
     /// The same with the fields of anything that can be serialised (absent options are left as they are), such as flags
     /// or a table of another file.
     pub fn with<T: Serialize>(&self, values: &T) -> (Self, Vec<String>) {
-        let (mut merged, values) = match (Table::try_from(self), Table::try_from(values)) {
-            (Ok(own), Ok(values)) => (own, values),
-            (Err(e), _) | (_, Err(e)) => return (self.clone(), vec![format!("the settings cannot be read: {e}")]),
-        };
-        let mut faults = Vec::new();
-        for (key, value) in values {
-            if !merged.contains_key(&key) {
-                faults.push(unknown(&key, &merged));
-                continue;
-            }
-            // Alone, so that its own fault is found whatever the others are.
-            let alone: Table = [(key.clone(), value.clone())].into_iter().collect();
-            match alone.try_into::<Self>() {
-                Ok(_) => drop(merged.insert(key, value)),
-                Err(e) => faults.push(format!("{key}: {}", e.message())),
-            }
+        put_over(self, values)
+    }
+}
+
+/// Settings of any kind with the fields of something else put over them, and what is wrong with those: names that there are
+/// not, values that cannot be used. The settings' absent fields must have defaults, and none of them may be an option.
+pub fn put_over<T: Clone + Serialize + DeserializeOwned, V: Serialize>(own: &T, values: &V) -> (T, Vec<String>) {
+    let (mut merged, values) = match (Table::try_from(own), Table::try_from(values)) {
+        (Ok(own), Ok(values)) => (own, values),
+        (Err(e), _) | (_, Err(e)) => return (own.clone(), vec![format!("the settings cannot be read: {e}")]),
+    };
+    let mut faults = Vec::new();
+    for (key, value) in values {
+        if !merged.contains_key(&key) {
+            faults.push(unknown(&key, &merged));
+            continue;
         }
-        match merged.try_into() {
-            Ok(settings) => (settings, faults),
-            Err(e) => {
-                faults.push(e.message().to_owned());
-                (self.clone(), faults)
-            }
+        // Alone, so that its own fault is found whatever the others are.
+        let alone: Table = [(key.clone(), value.clone())].into_iter().collect();
+        match alone.try_into::<T>() {
+            Ok(_) => drop(merged.insert(key, value)),
+            Err(e) => faults.push(format!("{key}: {}", e.message())),
+        }
+    }
+    match merged.try_into() {
+        Ok(settings) => (settings, faults),
+        Err(e) => {
+            faults.push(e.message().to_owned());
+            (own.clone(), faults)
         }
     }
 }

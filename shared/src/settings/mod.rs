@@ -5,6 +5,7 @@
 mod file;
 mod names;
 
+pub use file::put_over;
 pub use names::{AdapterChoice, OptimizerKind, Strategy, UnknownName};
 
 use serde::{Deserialize, Serialize};
