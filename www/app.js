@@ -78,7 +78,7 @@ async function prepareDevice() {
 
 function hearWorker(message) {
   const { event, done, all } = message;
-  if (['room', 'download', 'waiting', 'opening'].includes(event)) {
+  if (['room', 'download', 'waiting', 'damaged', 'opening'].includes(event)) {
     model.hear(message);
   } else if (event === 'encode') {
     setProgress('encode', done, all);

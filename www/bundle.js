@@ -78,7 +78,7 @@ async function room(manifest, tally, store) {
 
 /**
  * {tab, info} from `open(manifest, files)`, which gives the wasm loader. `memory`: keep nothing on this device.
- * `say(event, data)` hears of room, download, waiting (for another tab) and opening.
+ * `say(event, data)` hears of room, download, waiting (for another tab), damaged and opening.
  */
 export async function loadBundle({ memory, open, say }) {
   const { text, manifest, entries } = await fetchManifest();
@@ -86,7 +86,7 @@ export async function loadBundle({ memory, open, say }) {
   const verified = Boolean(globalThis.crypto?.subtle);
   const { store, why } = memory ? { store: null, why: 'the address says so (edge=memory)' } : await Opfs.open();
   const kept = verified ? store : null; // unverified bytes are not worth keeping
-  const source = kept ? new StoredSource(kept, tally, say) : new MemorySource(tally, verified);
+  const source = kept ? new StoredSource(kept, tally, say) : new MemorySource(tally, verified, say);
   const { model, edge_dtype: edgeDtype } = manifest;
   const pieces = entries.filter((e) => e.kind === 'pieces');
   let loader = null;

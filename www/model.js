@@ -5,7 +5,7 @@ import { deleteStored } from './opfs.js';
 export class ModelStep {
   constructor(tab) {
     this.tab = tab;
-    this.edge = { edgeDtype: '', done: 0, all: 0, fromCache: 0, opened: '' };
+    this.edge = { edgeDtype: '', done: 0, all: 0, fromCache: 0, opened: '', mended: [] };
     $('forget').onclick = () => this.forget();
   }
 
@@ -17,7 +17,7 @@ export class ModelStep {
       const info = await this.tab.call('load', { device, memory: params.memory });
       const { model, bytes, fetched, fromCache, verified, edgeDtype, pieces } = info;
       window.fednano.edge = { model, bytes, fetched, fromCache, verified, edgeDtype, pieces };
-      $('download-words').textContent = `Model part for this device (${model}, ${edgeDtype}): ${summary(info)}.`;
+      $('download-words').textContent = `Model part for this device (${model}, ${edgeDtype}): ${summary(info)}${this.mended()}.`;
       setProgress('download', 1, 1);
       return info;
     } finally {
@@ -40,6 +40,9 @@ export class ModelStep {
       setProgress('download', done, all);
     } else if (event === 'waiting') {
       this.edge.waiting = `; waiting for another tab of this browser that downloads ${message.name}`;
+    } else if (event === 'damaged') {
+      this.edge.mended.push(message.name);
+      note({ type: 'damaged', name: message.name, sha256: message.sha256, why: message.why });
     } else if (event === 'opening') {
       this.edge.opened = `; ${done} of ${all} pieces opened`;
       note({ type: 'opening', done, all });
@@ -47,7 +50,13 @@ export class ModelStep {
     const { edgeDtype, fromCache, opened, waiting = '' } = this.edge;
     const cached = fromCache ? `, ${bytes(fromCache)} from this device's storage` : '';
     const dtype = edgeDtype ? ` (${edgeDtype})` : '';
-    $('download-words').textContent = `Model part for this device${dtype}: ${bytes(this.edge.done)} of ${bytes(this.edge.all)}${cached}${opened}${waiting}`;
+    $('download-words').textContent = `Model part for this device${dtype}: ${bytes(this.edge.done)} of ${bytes(this.edge.all)}${cached}${opened}${waiting}${this.mended()}`;
+  }
+
+  /** What arrived or was kept damaged, in words; '' if nothing. */
+  mended() {
+    const { mended } = this.edge;
+    return mended.length ? `; damaged and fetched again: ${mended.join(', ')}` : '';
   }
 
   async forget() {

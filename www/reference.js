@@ -2,8 +2,8 @@
 import { decode } from './decode.js';
 
 /** Beside the weights; those of the second list may be absent. */
-const NEEDED = ['config.json', 'tokenizer.json', 'preprocessor_config.json', 'expected.safetensors', 'meta.json'];
-const OPTIONAL = ['generation_config.json', 'processor_config.json'];
+const NEEDED = ['config.json', 'tokenizer.json', 'expected.safetensors', 'meta.json'];
+const OPTIONAL = ['preprocessor_config.json', 'generation_config.json', 'processor_config.json'];
 /** Lists the weight files, where there are several. */
 const INDEX = 'model.safetensors.index.json';
 

@@ -75,6 +75,7 @@ export class StoredSource {
         return { result: await use(data) };
       });
       if (used) return used.result;
+      if (!last) this.say('damaged', { name: known.name, sha256: known.sha256, why: 'what this device kept of it is damaged' });
       if (!last) await this.network(() => this.obtain(known, true));
     }
     throw new Error(`${entry.name} (${bytes(entry.bytes)}) cannot be read back from this device's storage; press "Delete the stored model" and reload, or add edge=memory to the address`);
@@ -107,6 +108,7 @@ export class StoredSource {
       const why = await this.fill(entry, busy);
       if (why === null) return;
       if (why === '') break;
+      this.say('damaged', { name: entry.name, sha256: entry.sha256, why });
       this.tally.restart(entry);
       await this.store.remove(entry, '.part');
       if (round === 2) throw damagedTwice(entry, why);
@@ -163,9 +165,10 @@ export class StoredSource {
 
 /** Through memory and the HTTP cache, one after the other. */
 export class MemorySource {
-  constructor(tally, verify) {
+  constructor(tally, verify, say) {
     this.tally = tally;
     this.verify = verify;
+    this.say = say;
     this.control = new AbortController();
   }
 
@@ -193,7 +196,10 @@ export class MemorySource {
         why = e.message;
       }
       this.tally.fetched = before + networkBytes(addressOf(entry), this.tally.fetched - before);
-      if (why) continue;
+      if (why) {
+        this.say('damaged', { name: entry.name, sha256: entry.sha256, why });
+        continue;
+      }
       this.tally.complete(known);
       return use(part.data);
     }

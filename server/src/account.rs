@@ -290,7 +290,9 @@ impl<'a> Shape<'a> {
         let dtype = self.options.edge_dtype;
         let of = |t: &PublishedTensor| {
             let (rows, width) = (t.matrix().0 as u64, t.matrix().1 as u64);
-            let bytes = if t.shape.len() < 2 { vector_bytes(width) } else { matrix_bytes(dtype, rows, width) };
+            // As in a bundle's pieces: only linear layers and the token table are quantised.
+            let quantised = t.shape.len() == 2 && !t.name.contains(".embeddings.");
+            let bytes = if quantised { matrix_bytes(dtype, rows, width) } else { vector_bytes(rows * width) };
             Amount { parameters: rows * width, bytes }
         };
         self.tensors.iter().filter(|t| parts.contains(&t.part)).map(of).fold(Amount::default(), Add::add)

@@ -14,7 +14,7 @@ use fednano_shared::bundle::EdgeDtype;
 use fednano_shared::data::dataset::Dataset;
 use fednano_shared::data::scene::DemoTheme;
 use fednano_shared::model::checkpoint::load_llm;
-use fednano_shared::model::files::ModelFiles;
+use fednano_shared::model::files::{ModelFiles, preprocess};
 use fednano_shared::probe::shard;
 use fednano_shared::settings::FederationSettings;
 use fednano_shared::step::FrozenLlm;
@@ -249,9 +249,9 @@ fn tell_each_tenth() -> impl FnMut(u64, u64) {
 ///
 /// # Errors
 /// As [`datasets::open`].
-pub fn held_out_from(path: Option<&Path>) -> anyhow::Result<HeldOutSource> {
+pub fn held_out_from(path: Option<&Path>, model: &Path) -> anyhow::Result<HeldOutSource> {
     Ok(match path {
-        Some(path) => HeldOutSource::Data(datasets::open(path)?),
+        Some(path) => HeldOutSource::Data(datasets::open(path, &preprocess(model)?)?),
         None => HeldOutSource::Demo(0),
     })
 }

@@ -9,7 +9,7 @@ use burn::tensor::Device;
 use fednano_shared::bundle::assemble::BundleLoader;
 use fednano_shared::bundle::piece::{TARGET_BYTES, pieces};
 use fednano_shared::bundle::{
-    EdgeDtype, FORMAT, FileEntry, Manifest, PieceEntry, hex, parameters, resident_bytes, sha256_hex,
+    EdgeDtype, FORMAT, FileEntry, LONGEST_MODEL, Manifest, PieceEntry, hex, parameters, resident_bytes, sha256_hex,
 };
 use fednano_shared::edge::NanoEdge;
 use fednano_shared::model::files::{ModelFiles, small_files, weight_files};
@@ -50,7 +50,7 @@ pub fn prepare(
     cache: &Path,
     mut progress: impl FnMut(u64, u64),
 ) -> anyhow::Result<Bundle> {
-    let name = model_dir.file_name().map_or_else(|| "model".to_owned(), |n| n.to_string_lossy().into_owned());
+    let name = name_of(model_dir);
     let small = small_files(model_dir)?;
     let key = key(model_dir, &name, &small)?;
     let folder = cache.join("edge").join(format!("{key}-{dtype}"));
@@ -73,6 +73,16 @@ pub fn prepare(
         (None, Err(e)) => Err(e.context("the model cannot be prepared for clients")),
         (None, Ok(())) => anyhow::bail!("{} is incomplete after writing; is the disk full?", folder.display()),
     }
+}
+
+/// The folder's name; of a snapshot in the hub's cache (models--OWNER--NAME/snapshots/COMMIT) the hub's.
+fn name_of(dir: &Path) -> String {
+    let name = |dir: &Path| dir.file_name().map(|n| n.to_string_lossy().into_owned());
+    let folder = dir.parent().filter(|p| p.file_name().is_some_and(|n| n == "snapshots")).and_then(Path::parent);
+    let hub = folder.and_then(name).and_then(|n| Some(n.strip_prefix("models--")?.replace("--", "/")));
+    let mut name = hub.or_else(|| name(dir)).unwrap_or_else(|| "model".to_owned());
+    name.truncate(name.floor_char_boundary(LONGEST_MODEL));
+    name
 }
 
 /// An earlier run's bundle, if all of it is there. Contents are checked when they are loaded.
@@ -196,5 +206,23 @@ impl Bundle {
             loader.add(&bytes).with_context(damaged)?;
         }
         loader.finish().with_context(damaged)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_snapshot_has_the_hubs_name() {
+        for (dir, name) in [
+            ("/hub/models--llava-hf--llava-1.5-7b-hf/snapshots/0123abc", "llava-hf/llava-1.5-7b-hf"),
+            ("/models/nano-llava", "nano-llava"),
+            ("/models/snapshots/nano-llava", "nano-llava"),
+            ("snapshots/nano-llava", "nano-llava"),
+            ("/", "model"),
+        ] {
+            assert_eq!(name_of(Path::new(dir)), name, "{dir}");
+        }
     }
 }

@@ -89,6 +89,9 @@ impl Source<'_> {
         if let Some(bytes) = intact(&kept, entry) {
             return Ok(bytes);
         }
+        if kept.exists() {
+            tracing::warn!("{} is damaged and is fetched again", kept.display());
+        }
         let part = self.folder.join(format!("{}.part", entry.sha256));
         let unwritable = || format!("cannot write {}; is the disk full?", part.display());
         let mut file = OpenOptions::new().read(true).append(true).create(true).open(&part).with_context(unwritable)?;
@@ -106,7 +109,10 @@ impl Source<'_> {
                     std::fs::rename(&part, &kept).with_context(unwritable)?;
                     return Ok(bytes);
                 }
-                Err(e) => last = Some(e),
+                Err(e) => {
+                    tracing::warn!("{url}: {e:#}; try {} of {TRIES}", attempt + 1);
+                    last = Some(e);
+                }
             }
         }
         let cause = last.unwrap_or_else(|| anyhow::anyhow!("it was not tried"));

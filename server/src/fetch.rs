@@ -26,10 +26,17 @@ use ureq::typestate::WithoutBody;
 /// The hub's address.
 pub const HUB: &str = "https://huggingface.co";
 /// Files without which no model loads.
-const REQUIRED: [&str; 3] = ["config.json", "tokenizer.json", "preprocessor_config.json"];
+const REQUIRED: [&str; 2] = ["config.json", "tokenizer.json"];
+/// One of these says how pictures become pixels: the second, which transformers 5 writes, where the first is not.
+const PICTURES: [&str; 2] = ["preprocessor_config.json", "processor_config.json"];
 /// Files taken where a repository has them; the last two are for other programs that read the same snapshot.
-const OPTIONAL: [&str; 4] =
-    ["generation_config.json", "processor_config.json", "tokenizer_config.json", "special_tokens_map.json"];
+const OPTIONAL: [&str; 5] = [
+    "preprocessor_config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+];
 /// Time to reach a server.
 const CONNECT: Duration = Duration::from_secs(30);
 /// A connection that is silent for so long is dead.
@@ -115,6 +122,9 @@ pub fn fetch(options: &FetchOptions, progress: &mut dyn FnMut(Progress<'_>)) -> 
     // It becomes the name of a folder.
     anyhow::ensure!(is_hex(&commit, 40), "{endpoint} gave '{commit}' as a commit; is it a Hugging Face hub?");
     let mut lacking: Vec<&str> = REQUIRED.into_iter().filter(|n| !listed.contains_key(*n)).collect();
+    if !PICTURES.iter().any(|n| listed.contains_key(*n)) {
+        lacking.push(PICTURES[0]);
+    }
     if !listed.contains_key(INDEX) && !listed.contains_key(WEIGHTS) {
         lacking.push(WEIGHTS);
     }
@@ -208,6 +218,9 @@ pub fn cached(cache: &Path, repo: &str, revision: &str) -> anyhow::Result<PathBu
 /// What a snapshot still needs.
 fn lacking(dir: &Path) -> Vec<String> {
     let mut names: Vec<String> = REQUIRED.map(str::to_owned).into();
+    if !PICTURES.iter().any(|n| dir.join(n).exists()) {
+        names.push(PICTURES[0].to_owned());
+    }
     match std::fs::read(dir.join(INDEX)) {
         Ok(index) => match WeightIndex::parse(&index) {
             Ok(index) => names.extend(index.files()),

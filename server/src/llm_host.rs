@@ -22,6 +22,8 @@ const QUEUE: usize = 64;
 const MERGED_ROWS: usize = 32;
 /// Texts under way whose keys and values are kept.
 const TEXTS: usize = 32;
+/// Bytes of keys and values of all texts under way: eight of 1,024 positions of a 7B model in f16.
+const TEXTS_BYTES: usize = 4 << 30;
 
 /// How much is computed at once. Scores and logits are far larger than what came over the wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -256,7 +258,7 @@ struct Host {
 
 impl Host {
     fn serve(&self, mut queue: mpsc::Receiver<Queued>, mut schedule: Schedule) {
-        let mut texts = Generations::new(TEXTS);
+        let mut texts = Generations::new(TEXTS, TEXTS_BYTES);
         loop {
             while let Ok(queued) = queue.try_recv() {
                 schedule.add(queued);

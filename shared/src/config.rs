@@ -142,10 +142,9 @@ pub struct ModelConfig {
 struct RawConfig {
     #[serde(default)]
     model_type: Option<String>,
-    #[serde(default)]
-    text_config: RawText,
-    #[serde(default)]
-    vision_config: RawVision,
+    text_config: Option<RawText>,
+    /// Absent, it is LLaVA-1.5's own in `LlavaConfig`, not CLIP's defaults.
+    vision_config: Option<RawVision>,
     #[serde(alias = "image_token_id")]
     image_token_index: Option<u32>,
     vision_feature_layer: Option<i64>,
@@ -195,6 +194,21 @@ struct RawVision {
     layer_norm_eps: Option<f64>,
 }
 
+impl RawVision {
+    /// What `LlavaConfig` makes of an absent one: CLIP-L/14 at 336 pixels.
+    fn llava() -> Self {
+        Self {
+            hidden_size: Some(1024),
+            intermediate_size: Some(4096),
+            num_hidden_layers: Some(24),
+            num_attention_heads: Some(16),
+            image_size: Some(336),
+            patch_size: Some(14),
+            ..Self::default()
+        }
+    }
+}
+
 impl ModelConfig {
     /// Read `config.json`; absent keys take the defaults of transformers' `LlavaConfig`, `LlamaConfig`, `CLIPVisionConfig`.
     ///
@@ -207,7 +221,7 @@ impl ModelConfig {
             return Err(ConfigError::Architecture(kind.to_owned()));
         }
         let invalid = |m: String| ConfigError::Invalid(m);
-        let (t, v) = (raw.text_config, raw.vision_config);
+        let (t, v) = (raw.text_config.unwrap_or_default(), raw.vision_config.unwrap_or_else(RawVision::llava));
         if let Some(k) = t.model_type.as_deref().filter(|k| *k != "llama") {
             return Err(ConfigError::Architecture(format!("llava with text model {k}")));
         }
@@ -235,7 +249,8 @@ impl ModelConfig {
             activation: Activation::parse(t.hidden_act.as_deref().unwrap_or("silu"), "text_config.hidden_act")?,
             eps: t.rms_norm_eps.unwrap_or(1e-6),
             rope_theta: t.rope_parameters.and_then(|r| r.rope_theta).or(t.rope_theta).unwrap_or(10000.0),
-            tied: raw.tie_word_embeddings.or(t.tie_word_embeddings).unwrap_or(false),
+            // As transformers: a text config that ties does so whatever stands outside.
+            tied: raw.tie_word_embeddings == Some(true) || t.tie_word_embeddings == Some(true),
         };
         let vision = VisionConfig {
             hidden: v.hidden_size.unwrap_or(768),
@@ -390,5 +405,20 @@ mod tests {
         assert!(err(r#"{"model_type":"llava","projector_hidden_act":"relu6"}"#).contains("relu6"));
         assert!(err(r#"{"model_type":"llava","vision_feature_layer":-40}"#).contains("-40"));
         assert!(err(r#"{"model_type":"llava","image_token_index":99999}"#).contains("99999"));
+    }
+
+    #[test]
+    fn an_absent_vision_config_is_llavas_own() {
+        for vision in ["", r#","vision_config":null"#] {
+            let json = format!(r#"{{"model_type":"llava","text_config":{{"vocab_size":32064}}{vision}}}"#);
+            let config = ModelConfig::from_json(&json).unwrap();
+            assert_eq!((config.image_tokens(), config.feature_layer, config.vision.layers), (576, 23, 24));
+        }
+    }
+
+    #[test]
+    fn a_tied_text_config_ties_whatever_stands_outside() {
+        let json = r#"{"model_type":"llava","tie_word_embeddings":false,"text_config":{"vocab_size":32064,"tie_word_embeddings":true}}"#;
+        assert!(ModelConfig::from_json(json).unwrap().text.tied);
     }
 }

@@ -83,6 +83,11 @@ impl NanoEdge {
         Ok(Self::from_parts(files.config.clone(), files.text.clone(), files.preprocess.clone(), parts, device))
     }
 
+    /// What becomes of pictures before the vision tower.
+    pub fn preprocess(&self) -> &Preprocess {
+        &self.preprocess
+    }
+
     /// Put together what was loaded onto `device`.
     pub fn from_parts(
         config: ModelConfig,

@@ -146,16 +146,18 @@ pub enum GenerateError {
     },
 }
 
-/// Texts under way, one for each session; when there are too many, the one that was asked for longest ago is forgotten.
+/// Texts under way, one for each session; when they are too many or too large, those that were asked for
+/// longest ago are forgotten.
 pub struct Generations {
     held: VecDeque<(u64, KvCache)>, // least recently used first
     limit: usize,
+    bytes: usize,
 }
 
 impl Generations {
-    /// Room for `limit` texts.
-    pub fn new(limit: usize) -> Self {
-        Self { held: VecDeque::new(), limit: limit.max(1) }
+    /// Room for `limit` texts whose keys and values have so many `bytes` together; the latest one is kept in any case.
+    pub fn new(limit: usize, bytes: usize) -> Self {
+        Self { held: VecDeque::new(), limit: limit.max(1), bytes }
     }
 
     /// Go on with the text of a session.
@@ -180,11 +182,18 @@ impl Generations {
         };
         let logits = llm.next_logits(&mut cache, &request.hidden).await?;
         let reply = request.sampling.choose(&logits, cache.positions());
-        if self.held.len() >= self.limit {
+        self.keep(session, cache);
+        Ok(reply)
+    }
+
+    /// Make room for a text, the latest one.
+    fn keep(&mut self, session: u64, cache: KvCache) {
+        let held = |all: &VecDeque<(u64, KvCache)>| all.iter().map(|(_, c)| c.bytes()).sum::<usize>();
+        while self.held.len() >= self.limit || (!self.held.is_empty() && held(&self.held) + cache.bytes() > self.bytes)
+        {
             self.held.pop_front();
         }
         self.held.push_back((session, cache));
-        Ok(reply)
     }
 
     /// A session's text is over.
@@ -207,7 +216,7 @@ pub struct InProcessTokens<'a> {
 impl<'a> InProcessTokens<'a> {
     /// Of one text at a time.
     pub fn new(llm: &'a FrozenLlm) -> Self {
-        Self { llm, generations: Generations::new(1) }
+        Self { llm, generations: Generations::new(1, usize::MAX) }
     }
 }
 
@@ -269,6 +278,9 @@ pub async fn answer<S: TokenSource>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::ModelConfig;
+    use crate::model::llama::Llama;
+    use burn::tensor::Tensor;
 
     #[test]
     fn greedy_takes_the_best_and_tells_its_probability() {
@@ -294,6 +306,33 @@ mod tests {
         let cold = Sampling { temperature: 0.05, ..all };
         assert!(share(cold, 0) > 0.99);
         assert_eq!(all.choose(&logits, 7), all.choose(&logits, 7));
+    }
+
+    #[test]
+    fn texts_are_forgotten_by_number_and_by_memory() {
+        let json = r#"{"model_type":"llava","image_token_index":7,
+            "vision_config":{"hidden_size":24,"intermediate_size":40,"num_hidden_layers":3,"num_attention_heads":2,
+            "image_size":8,"patch_size":4},
+            "text_config":{"hidden_size":36,"intermediate_size":48,"num_hidden_layers":1,"num_attention_heads":2,
+            "vocab_size":50}}"#;
+        let device = Device::flex();
+        let llama = Llama::init(&ModelConfig::from_json(json).unwrap().text, &device);
+        let cache = |positions: usize| {
+            let mut cache = llama.new_cache();
+            drop(llama.forward_cached(Tensor::zeros([1, positions, 36], &device), &mut cache));
+            cache
+        };
+        let one = 2 * 36 * 4; // keys and values of a position, f32
+        assert_eq!((llama.new_cache().bytes(), cache(3).bytes()), (0, 3 * one));
+        let left = |limit: usize, bytes: usize, texts: &[usize]| {
+            let mut all = Generations::new(limit, bytes);
+            texts.iter().enumerate().for_each(|(session, n)| all.keep(session as u64, cache(*n)));
+            all.held.iter().map(|(session, _)| *session).collect::<Vec<_>>()
+        };
+        assert_eq!(left(2, usize::MAX, &[1, 1, 1]), [1, 2]);
+        assert_eq!(left(9, 5 * one, &[2, 3]), [0, 1]);
+        assert_eq!(left(9, 5 * one, &[2, 2, 1, 4]), [2, 3]);
+        assert_eq!(left(9, 5 * one, &[2, 2, 6]), [2]);
     }
 
     #[test]

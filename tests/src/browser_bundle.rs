@@ -99,6 +99,8 @@ pub fn damaged_piece() -> anyhow::Result<()> {
         let mended = visit(&browser, "one piece damaged", &server.base, "").await?;
         anyhow::ensure!(mended.fetched == size, "{mended:?}, the damaged piece has {size} bytes");
         anyhow::ensure!(mended.cached == all - size, "{mended:?}, the bundle {all}, the damaged piece {size}");
+        let told = format!("return window.fednano.events.some((e) => e.type === 'damaged' && e.sha256 === '{hash}')");
+        anyhow::ensure!(browser.script(&told).await? == true, "the page does not tell of the damaged piece {hash}");
         let after = visit(&browser, "after mending", &server.base, "").await?;
         anyhow::ensure!(after.fetched == 0, "the mended piece was not kept: {after:?}");
         browser.close().await?;

@@ -131,7 +131,8 @@ impl Session {
 
     /// An own picture.
     pub fn add_picture(&self, name: &str, width: usize, height: usize, rgba: &[u8]) -> Result<(), Failure> {
-        let picture = import::from_rgba(width, height, rgba)?;
+        // Large ones are kept as the model sees them.
+        let picture = self.edge.preprocess().fit(import::from_rgba(width, height, rgba)?)?;
         self.own.borrow_mut().add(name, picture);
         Ok(())
     }

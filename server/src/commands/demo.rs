@@ -172,9 +172,9 @@ fn join_in_background(number: usize, link: String, args: &Args) -> anyhow::Resul
         let leave = CancellationToken::new(); // never
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let result = match runtime {
-            Ok(runtime) => {
-                runtime.block_on(take_part(&link, &name, &data, DeviceChoice::Cpu, 60, leave, &mut Forgetful)).map(drop)
-            }
+            Ok(runtime) => runtime
+                .block_on(take_part(&link, &name, |_| Ok(data), DeviceChoice::Cpu, 60, leave, &mut Forgetful))
+                .map(drop),
             Err(e) => Err(e.into()),
         };
         if let Err(e) = result {

@@ -1,7 +1,7 @@
 //! `fednano eval`: how good adapters are on a data set, beside the untouched model and answers that never look.
 
 use crate::datasets;
-use crate::device::DeviceChoice;
+use crate::device::{ComputeDtype, DeviceChoice};
 use crate::edge_bundle;
 use crate::fetch::resolve_model;
 use crate::held_out::HeldOut;
@@ -11,6 +11,7 @@ use anyhow::Context;
 use burn::tensor::Device;
 use fednano_shared::bundle::EdgeDtype;
 use fednano_shared::data::dataset::Dataset;
+use fednano_shared::data::picture::Preprocess;
 use fednano_shared::edge::NanoEdge;
 use fednano_shared::model::checkpoint::load_llm;
 use fednano_shared::model::files::ModelFiles;
@@ -42,6 +43,9 @@ pub struct Args {
     /// Where to compute.
     #[arg(long, value_enum, default_value = "cpu")]
     device: DeviceChoice,
+    /// Type of the LLM's weights and of what is computed with them.
+    #[arg(long, value_enum, default_value = "auto")]
+    dtype: ComputeDtype,
     /// Form of the client's half of the model: f16, int8 or int4; without it, the one that the adapter file names, or f16.
     #[arg(long)]
     edge_dtype: Option<EdgeDtype>,
@@ -107,9 +111,9 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
 /// # Errors
 /// As [`main`].
 pub async fn evaluate(args: &Args) -> anyhow::Result<Report> {
-    let (data, baselines) = open_data(args)?;
     let dir = resolve_model(&args.model)?;
     let files = ModelFiles::open(&dir).with_context(|| format!("the model {} cannot be used", args.model))?;
+    let (data, baselines) = open_data(args, &files.preprocess)?;
     let file = AdapterFile::open(&args.adapter, files.config.text.hidden)?;
     let edge_dtype = form(args, &file)?;
     let temporary;
@@ -128,10 +132,12 @@ pub async fn evaluate(args: &Args) -> anyhow::Result<Report> {
         args.adapter.display(),
         args.model
     );
-    let (device, _) = args.device.open()?;
+    let (device, device_name) = args.device.open()?;
+    let dtype = args.dtype.choose(&dir, &device, &device_name)?;
     let held_out = encode(bundle.edge(&device)?, &data, &device).await?;
     let autodiff = device.autodiff();
-    let llm = FrozenLlm::new(load_llm(&files.config, &files.weights, &autodiff)?, &files.config.text, &autodiff);
+    let llm =
+        FrozenLlm::new(load_llm(&files.config, &files.weights, (&autodiff, dtype))?, &files.config.text, &autodiff);
     let llm = llm_host::start(llm, Order::Arrival { merge: false })?;
     drop(files);
     let adapter = file.adapter;
@@ -153,12 +159,12 @@ pub async fn evaluate(args: &Args) -> anyhow::Result<Report> {
 }
 
 /// The samples to measure with, and what answers without looking would reach on them.
-fn open_data(args: &Args) -> anyhow::Result<(Dataset, Baselines)> {
-    let (train, test) = if args.data.join("test").is_dir() {
-        let splits = datasets::open_splits(&args.data)?;
+fn open_data(args: &Args, preprocess: &Preprocess) -> anyhow::Result<(Dataset, Baselines)> {
+    let (train, test) = if datasets::has_splits(&args.data) {
+        let splits = datasets::open_splits(&args.data, preprocess)?;
         (Some(splits.train), splits.test)
     } else {
-        (None, datasets::open(&args.data)?)
+        (None, datasets::open(&args.data, preprocess)?)
     };
     let test = match args.limit {
         0 => test,

@@ -1,6 +1,6 @@
 //! `fednano join`: take part from a terminal.
 
-use crate::datasets;
+use crate::datasets::{self, Listing};
 use crate::device::DeviceChoice;
 use crate::edge_download::{fetch_edge, user_cache};
 use crate::native::{Invite, Lines, SocketConnector, TokioClock};
@@ -9,6 +9,7 @@ use anyhow::Context;
 use fednano_shared::client::keep::token_of;
 use fednano_shared::client::{Keeper, Outcome, Participant, participate};
 use fednano_shared::data::dataset::Dataset;
+use fednano_shared::data::picture::Preprocess;
 use fednano_shared::data::scene::DemoTheme;
 use fednano_shared::plain::AdapterState;
 use fednano_shared::probe::shard;
@@ -57,7 +58,8 @@ pub struct Args {
 /// Anything that ends the participation early.
 pub async fn main(args: &Args) -> anyhow::Result<()> {
     let data = open(&args.data)?;
-    println!("[{}] {} samples of {} pictures", args.name, data.samples.len(), data.pictures.len());
+    let (samples, pictures) = data.counts();
+    println!("[{}] {samples} samples of {pictures} pictures", args.name);
     let mut keeper = state_file(args)?;
     let leave = CancellationToken::new();
     let (signal, name) = (leave.clone(), args.name.clone());
@@ -68,7 +70,8 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
         drop(tokio::signal::ctrl_c().await);
         std::process::exit(130);
     });
-    match take_part(&args.url, &args.name, &data, args.device, args.max_tries, leave, &mut keeper).await? {
+    let read = |preprocess: &Preprocess| data.read(preprocess);
+    match take_part(&args.url, &args.name, read, args.device, args.max_tries, leave, &mut keeper).await? {
         Outcome::Left => println!("[{}] left; the same command joins again, as somebody new", args.name),
         Outcome::Finished { adapter, own, local } => {
             println!("[{}] the federation is finished", args.name);
@@ -99,25 +102,48 @@ fn save(path: &Path, adapter: &AdapterState) -> anyhow::Result<()> {
     std::fs::write(path, write_adapter(adapter, &[])?).with_context(|| format!("cannot write {}", path.display()))
 }
 
-fn open(data: &str) -> anyhow::Result<Dataset> {
+/// Data before the model is there: its faults are told before anything is downloaded.
+enum Data {
+    Made(Dataset),
+    Listed(Listing),
+}
+
+impl Data {
+    /// Samples, pictures.
+    fn counts(&self) -> (usize, usize) {
+        match self {
+            Self::Made(data) => (data.samples.len(), data.pictures.len()),
+            Self::Listed(listing) => (listing.samples.len(), listing.pictures.len()),
+        }
+    }
+
+    fn read(self, preprocess: &Preprocess) -> anyhow::Result<Dataset> {
+        match self {
+            Self::Made(data) => Ok(data),
+            Self::Listed(listing) => datasets::read(&listing, preprocess),
+        }
+    }
+}
+
+fn open(data: &str) -> anyhow::Result<Data> {
     match data.strip_prefix("demo:") {
         Some(theme) => {
             let theme = DemoTheme::ALL.into_iter().find(|t| t.name() == theme);
             let theme = theme.context("the demo shards are demo:workshop, demo:garden and demo:harbour")?;
-            Ok(shard(theme, 1, 24, 4))
+            Ok(Data::Made(shard(theme, 1, 24, 4)))
         }
-        None => datasets::open(&PathBuf::from(data)),
+        None => Ok(Data::Listed(datasets::list(&PathBuf::from(data))?)),
     }
 }
 
-/// Fetch the client part, encode, take part, as who `keeper` knows of; `leave` is cancelled when the person wants to leave.
+/// Fetch the client part, encode what `data` reads for its preprocessing, take part, as who `keeper` knows of; `leave` is cancelled when the person wants to leave.
 ///
 /// # Errors
 /// Anything that ends the participation early.
 pub async fn take_part<S: Keeper>(
     url: &str,
     name: &str,
-    data: &Dataset,
+    data: impl FnOnce(&Preprocess) -> anyhow::Result<Dataset>,
     device: DeviceChoice,
     max_tries: u32,
     leave: CancellationToken,
@@ -127,7 +153,7 @@ pub async fn take_part<S: Keeper>(
     let (device, words) = device.open()?;
     let (link, place) = (invite.clone(), device.clone());
     let (edge, edge_bytes) = tokio::task::spawn_blocking(move || fetch_edge(&link, &place, None)).await??;
-    let cache = edge.encode(data, |_, _| {}).await?;
+    let cache = edge.encode(&data(edge.preprocess())?, |_, _| {}).await?;
     let me = Participant {
         hello: Hello {
             federation: invite.federation.clone(),

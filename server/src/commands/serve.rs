@@ -97,13 +97,14 @@ pub async fn run(options: ServeOptions) -> anyhow::Result<()> {
     let (device, device_name) = flags.device.open()?;
     let dtype = flags.dtype.choose(&model, &device, &device_name)?;
     println!("loading {} on {device_name}, the LLM in {}", model.display(), dtype.name());
+    let held_out = held_out_from(flags.held_out.as_deref(), &model)?;
     let server = ServerSettings {
         model,
         www: flags.www.clone(),
         data_dir: flags.data_dir.clone(),
         edge_dtype: flags.edge_dtype,
         federations,
-        held_out: held_out_from(flags.held_out.as_deref())?,
+        held_out,
         evaluation_limit: flags.evaluation_limit,
         order: Order::Arrival { merge: !flags.reproducible },
     };

@@ -152,7 +152,7 @@ fn sample(problem: &Problem, task: &str, picture: &Path) -> Result<(String, Stri
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::Folder;
+    use super::super::testing::{Folder, clip};
     use super::super::{has_splits, list_splits, open, open_splits};
     use serde_json::{Value, json};
     use std::fs;
@@ -215,7 +215,7 @@ mod tests {
         let zip = folder.0.join("data/iconqa_data");
         for dir in [folder.0.clone(), folder.0.join("data"), zip.clone(), zip.join("iconqa")] {
             assert!(has_splits(&dir), "{}", dir.display());
-            let splits = open_splits(&dir).unwrap();
+            let splits = open_splits(&dir, &clip()).unwrap();
             assert_eq!(splits.skipped, 2, "{}", dir.display());
             let red = |data: &fednano_shared::data::dataset::Dataset| -> Vec<u8> {
                 data.samples.iter().map(|s| data.pictures[s.picture.unwrap()].rgb[0]).collect()
@@ -242,7 +242,7 @@ mod tests {
         let folder = Folder::new("iconqa-faults");
         write(&folder, "");
         let fault = || format!("{:#}", list_splits(&folder.0).unwrap_err());
-        let whole = format!("{:#}", open(&folder.0).unwrap_err());
+        let whole = format!("{:#}", open(&folder.0, &clip()).unwrap_err());
         assert!(whole.contains("is IconQA as published"), "{whole}");
         fs::remove_file(folder.0.join("iconqa/test/fill_in_blank/7/image.png")).unwrap();
         let text = fault();

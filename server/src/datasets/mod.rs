@@ -20,7 +20,7 @@ pub use pictures::read_picture;
 
 use anyhow::{Context, Result, bail};
 use fednano_shared::data::dataset::Dataset;
-use fednano_shared::data::picture::Picture;
+use fednano_shared::data::picture::{Picture, Preprocess};
 use std::path::{Path, PathBuf};
 
 /// A data set whose pictures have not been read: where each one lies. Large ones are split and limited so, before [`read`].
@@ -40,11 +40,19 @@ pub struct Splits<P = Picture> {
 }
 
 /// Read a data set: a question file, or a folder that holds exactly one. Pictures lie in the folder of the question file or in
-/// `images/` beside it.
+/// `images/` beside it; large ones are kept as a model with this `preprocess` sees them.
 ///
 /// # Errors
 /// Which file, line, record or picture cannot be used, why, and what to do.
-pub fn open(path: &Path) -> Result<Dataset> {
+pub fn open(path: &Path, preprocess: &Preprocess) -> Result<Dataset> {
+    read(&list(path)?, preprocess).with_context(|| format!("{} cannot be used", path.display()))
+}
+
+/// [`open`] without reading the pictures.
+///
+/// # Errors
+/// As [`open`], except for the pictures' content.
+pub fn list(path: &Path) -> Result<Listing> {
     if let Some(layout) = Layout::of(path) {
         bail!(
             "{} is {} as published, with all its parts; `fednano simulate --data` takes it whole, here a question file (or a folder with one) is needed",
@@ -52,7 +60,7 @@ pub fn open(path: &Path) -> Result<Dataset> {
             layout.name()
         );
     }
-    read(&question_file::list(path)?).with_context(|| format!("{} cannot be used", path.display()))
+    question_file::list(path)
 }
 
 /// Whether a folder holds a data set with its parts, for [`open_splits`].
@@ -65,8 +73,9 @@ pub fn has_splits(dir: &Path) -> bool {
 ///
 /// # Errors
 /// As [`open`], and for an absent part.
-pub fn open_splits(dir: &Path) -> Result<Splits> {
+pub fn open_splits(dir: &Path, preprocess: &Preprocess) -> Result<Splits> {
     let Splits { train, val, test, skipped } = list_splits(dir)?;
+    let read = |listing: &Listing| read(listing, preprocess);
     Ok(Splits { train: read(&train)?, val: val.as_ref().map(read).transpose()?, test: read(&test)?, skipped })
 }
 
@@ -86,8 +95,8 @@ pub fn list_splits(dir: &Path) -> Result<Splits<PathBuf>> {
 ///
 /// # Errors
 /// The first picture that cannot be used, and what to do.
-pub fn read(listing: &Listing) -> Result<Dataset> {
-    Ok(Dataset { pictures: pictures::read_all(&listing.pictures)?, samples: listing.samples.clone() })
+pub fn read(listing: &Listing, preprocess: &Preprocess) -> Result<Dataset> {
+    Ok(Dataset { pictures: pictures::read_all(&listing.pictures, preprocess)?, samples: listing.samples.clone() })
 }
 
 /// A published data set, by where its files lie.

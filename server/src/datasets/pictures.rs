@@ -1,8 +1,7 @@
 //! Picture files to pixels.
 
 use fednano_shared::data::dataset::DataError;
-use fednano_shared::data::picture::Picture;
-use image::imageops::FilterType;
+use fednano_shared::data::picture::{Picture, Preprocess};
 use image::{DynamicImage, ImageDecoder, ImageReader, Limits};
 use std::fs::File;
 use std::io::BufReader;
@@ -17,11 +16,8 @@ const MAX_PIXELS: u64 = 64_000_000;
 /// What a decoder may allocate: the picture with four channels of 16 bits, and as much again for its own buffers.
 const MAX_DECODER_BYTES: u64 = MAX_PIXELS * 16;
 
-/// The shorter edge of a kept picture, pixels: the models look at less, and photos would fill the memory.
-const SHORTEST: u32 = 1024;
-
 /// Decode a picture; its format is guessed from its content. Turned as its EXIF data says, on white where it is
-/// transparent, and at most [`SHORTEST`] pixels on its shorter edge, as on the page.
+/// transparent, as on the page.
 ///
 /// # Errors
 /// The cause, without the name of the picture: the caller knows it.
@@ -42,11 +38,6 @@ pub fn read_picture(path: &Path) -> Result<Picture, String> {
     let orientation = decoder.orientation().map_err(|e| e.to_string())?;
     let mut image = DynamicImage::from_decoder(decoder).map_err(|e| e.to_string())?;
     image.apply_orientation(orientation);
-    let short = image.width().min(image.height());
-    if short > SHORTEST {
-        let scaled = |edge: u32| (u64::from(edge) * u64::from(SHORTEST) / u64::from(short)) as u32;
-        image = image.resize_exact(scaled(image.width()), scaled(image.height()), FilterType::CatmullRom);
-    }
     let (width, height) = (image.width() as usize, image.height() as usize);
     Ok(Picture { width, height, rgb: on_white(image) })
 }
@@ -63,11 +54,11 @@ fn on_white(image: DynamicImage) -> Vec<u8> {
     image.into_rgba8().pixels().flat_map(|p| [0, 1, 2].map(|c| blend(p.0[c], p.0[3]))).collect()
 }
 
-/// Decode pictures on all cores, in their order.
+/// Decode pictures on all cores, in their order; large ones are kept as a model with this preprocessing sees them.
 ///
 /// # Errors
 /// A picture that cannot be used; the rest is not looked at then.
-pub(super) fn read_all(paths: &[PathBuf]) -> Result<Vec<Picture>, DataError> {
+pub(super) fn read_all(paths: &[PathBuf], preprocess: &Preprocess) -> Result<Vec<Picture>, DataError> {
     let threads = thread::available_parallelism().map_or(1, NonZero::get).min(paths.len());
     let next = AtomicUsize::new(0);
     let work = || {
@@ -77,7 +68,7 @@ pub(super) fn read_all(paths: &[PathBuf]) -> Result<Vec<Picture>, DataError> {
             let Some(path) = paths.get(index) else {
                 return done;
             };
-            let read = read_picture(path);
+            let read = read_picture(path).and_then(|p| preprocess.fit(p).map_err(|e| e.to_string()));
             if read.is_err() {
                 next.fetch_max(paths.len(), Ordering::Relaxed);
             }
@@ -96,7 +87,7 @@ pub(super) fn read_all(paths: &[PathBuf]) -> Result<Vec<Picture>, DataError> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::Folder;
+    use super::super::testing::{Folder, clip};
     use super::*;
     use image::{Rgb, RgbImage, Rgba, RgbaImage};
     use std::fs;
@@ -113,7 +104,9 @@ mod tests {
         assert_eq!(read_picture(&folder.path("c.png")).unwrap().rgb, [204, 224, 244].repeat(6), "a fifth over white");
         RgbImage::from_pixel(1030, 2060, Rgb([9, 1, 2])).save(folder.path("d.png")).unwrap();
         let large = read_picture(&folder.path("d.png")).unwrap();
-        assert_eq!((large.width, large.height), (1024, 2048), "photos are kept small");
+        assert_eq!((large.width, large.height), (1030, 2060));
+        let kept = read_all(&[folder.path("d.png")], &clip()).unwrap();
+        assert_eq!((kept[0].width, kept[0].height), (224, 448), "photos are kept small");
         fs::rename(folder.path("b.png"), folder.path("b.jpg")).unwrap();
         assert_eq!(read_picture(&folder.path("b.jpg")).unwrap(), expected, "the content decides, not the name");
     }
@@ -136,11 +129,11 @@ mod tests {
         let folder = Folder::new("order");
         let paths: Vec<PathBuf> = (0..40_u8).map(|i| folder.path(&format!("{i}.png"))).collect();
         (0..40_u8).for_each(|i| folder.picture(&format!("{i}.png"), i));
-        let red: Vec<u8> = read_all(&paths).unwrap().iter().map(|p| p.rgb[0]).collect();
+        let red: Vec<u8> = read_all(&paths, &clip()).unwrap().iter().map(|p| p.rgb[0]).collect();
         assert_eq!(red, (0..40_u8).collect::<Vec<_>>());
-        assert_eq!(read_all(&[]), Ok(Vec::new()));
+        assert_eq!(read_all(&[], &clip()), Ok(Vec::new()));
         folder.text("7.png", "this is text");
-        let text = read_all(&paths).unwrap_err().to_string();
+        let text = read_all(&paths, &clip()).unwrap_err().to_string();
         assert!(text.contains("7.png' is not a picture that can be read"), "{text}");
     }
 }

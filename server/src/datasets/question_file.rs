@@ -78,13 +78,13 @@ fn locate(dir: &Path, name: &str) -> Result<PathBuf, String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::Folder;
+    use super::super::testing::{Folder, clip};
     use super::super::{open, open_splits};
     use image::{Rgb, RgbImage};
     use std::fs;
 
     fn fault(folder: &Folder, name: &str) -> String {
-        format!("{:#}", open(&folder.0.join(name)).unwrap_err())
+        format!("{:#}", open(&folder.0.join(name), &clip()).unwrap_err())
     }
 
     #[test]
@@ -95,12 +95,12 @@ mod tests {
         folder.picture("2.png", 12);
         folder.text("questions.json", r#"[["a?", "x", 1], ["b?", "y", 2], ["c?", "z", 1], ["d?", "x", 0]]"#);
         folder.text("other.json", "[]");
-        let data = open(&folder.0).unwrap();
+        let data = open(&folder.0, &clip()).unwrap();
         assert_eq!(data.pictures.iter().map(|p| p.rgb[0]).collect::<Vec<_>>(), [11, 12, 10]);
         assert_eq!(data.samples.iter().map(|s| s.picture).collect::<Vec<_>>(), [0, 1, 0, 2].map(Some));
-        assert_eq!(open(&folder.path("questions.json")).unwrap(), data);
+        assert_eq!(open(&folder.path("questions.json"), &clip()).unwrap(), data);
         folder.text("some.csv", "picture,question,answer\n2.png,b?,y\n");
-        assert_eq!(open(&folder.path("some.csv")).unwrap().samples[0].question, "b?");
+        assert_eq!(open(&folder.path("some.csv"), &clip()).unwrap().samples[0].question, "b?");
     }
 
     #[test]
@@ -108,11 +108,11 @@ mod tests {
         let folder = Folder::new("lacking");
         folder.picture("0.png", 7);
         folder.text("some.csv", "picture,question,answer\n,a?,x\n0.png,,y\n0.png,b?,z\n");
-        let data = open(&folder.path("some.csv")).unwrap();
+        let data = open(&folder.path("some.csv"), &clip()).unwrap();
         assert_eq!(data.pictures.len(), 1);
         assert_eq!(data.samples.iter().map(|s| s.picture).collect::<Vec<_>>(), [None, Some(0), Some(0)]);
         folder.text("texts.csv", "question,answer\na?,x\n");
-        assert!(open(&folder.path("texts.csv")).unwrap().pictures.is_empty());
+        assert!(open(&folder.path("texts.csv"), &clip()).unwrap().pictures.is_empty());
     }
 
     #[test]
@@ -124,7 +124,7 @@ mod tests {
             csv.push_str(&format!("{i}.png,{i},a\n{}.png,{},a\n", i / 2, i / 2));
         }
         folder.text("data.csv", &csv);
-        let data = open(&folder.0).unwrap();
+        let data = open(&folder.0, &clip()).unwrap();
         assert_eq!((data.pictures.len(), data.samples.len()), (60, 120));
         for sample in &data.samples {
             assert_eq!(data.pictures[sample.picture.unwrap()].rgb[0].to_string(), sample.question);
@@ -168,15 +168,15 @@ mod tests {
         let folder = Folder::new("splits");
         folder.picture("train/images/0.png", 1);
         folder.text("train/questions.json", r#"[["a?", "x", 0]]"#);
-        let text = format!("{:#}", open_splits(&folder.0).unwrap_err());
+        let text = format!("{:#}", open_splits(&folder.0, &clip()).unwrap_err());
         assert!(text.contains("no folder test/"), "{text}");
         folder.picture("test/0.png", 2);
         folder.text("test/set.csv", "image,question,answer\n0.png,b?,y\n");
-        let splits = open_splits(&folder.0).unwrap();
+        let splits = open_splits(&folder.0, &clip()).unwrap();
         assert_eq!((splits.train.pictures[0].rgb[0], splits.test.pictures[0].rgb[0]), (1, 2));
         assert_eq!(splits.test.samples[0].answer, "y");
         assert!(splits.val.is_none());
         folder.text("val/set.csv", "question,answer\nb?,y\n");
-        assert_eq!(open_splits(&folder.0).unwrap().val.unwrap().samples.len(), 1);
+        assert_eq!(open_splits(&folder.0, &clip()).unwrap().val.unwrap().samples.len(), 1);
     }
 }

@@ -77,7 +77,7 @@ fn locate(root: &Path, split: &str, id: &str, name: &str) -> Result<PathBuf> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::Folder;
+    use super::super::testing::{Folder, clip};
     use super::super::{Listing, has_splits, list_splits, open, open_splits, read};
     use serde_json::{Value, json};
 
@@ -123,7 +123,7 @@ mod tests {
         write(&folder, "data/scienceqa/");
         for dir in [folder.0.clone(), folder.0.join("data/scienceqa")] {
             assert!(has_splits(&dir));
-            let splits = open_splits(&dir).unwrap();
+            let splits = open_splits(&dir, &clip()).unwrap();
             assert_eq!(splits.train.pictures.iter().map(|p| p.rgb[0]).collect::<Vec<_>>(), [1, 3]);
             assert_eq!(splits.test.pictures.iter().map(|p| p.rgb[0]).collect::<Vec<_>>(), [4]);
             assert_eq!(splits.skipped, 0);
@@ -143,7 +143,7 @@ mod tests {
         );
         assert!(splits.test.samples[1].question.contains("Question: Is ice solid?\nOptions: (A) yes (B) no\nAnswer"));
         // Only what is left of a listing is read.
-        assert_eq!(read(&splits.train.subset(&[2, 1])).unwrap().pictures[0].rgb[0], 3);
+        assert_eq!(read(&splits.train.subset(&[2, 1]), &clip()).unwrap().pictures[0].rgb[0], 3);
     }
 
     #[test]
@@ -153,7 +153,7 @@ mod tests {
         for part in ["train", "test"] {
             std::fs::rename(folder.0.join("images").join(part), folder.0.join(part)).unwrap();
         }
-        assert_eq!(open_splits(&folder.0).unwrap().train.pictures.len(), 2);
+        assert_eq!(open_splits(&folder.0, &clip()).unwrap().train.pictures.len(), 2);
     }
 
     #[test]
@@ -161,7 +161,7 @@ mod tests {
         let folder = Folder::new("scienceqa-faults");
         write(&folder, "");
         let fault = || format!("{:#}", list_splits(&folder.0).unwrap_err());
-        let whole = format!("{:#}", open(&folder.0).unwrap_err());
+        let whole = format!("{:#}", open(&folder.0, &clip()).unwrap_err());
         assert!(whole.contains("is ScienceQA as published") && whole.contains("simulate"), "{whole}");
         std::fs::remove_file(folder.0.join("images/train/3/image.png")).unwrap();
         let text = fault();

@@ -38,3 +38,8 @@ impl Drop for Folder {
         let _ = fs::remove_dir_all(&self.0);
     }
 }
+
+/// CLIP's preprocessing.
+pub(super) fn clip() -> fednano_shared::data::picture::Preprocess {
+    fednano_shared::data::picture::Preprocess::from_json("{}").unwrap()
+}

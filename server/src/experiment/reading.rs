@@ -167,7 +167,8 @@ fn causes(filled: &[Filled<'_>]) -> String {
             up * 100.0
         ),
     );
-    let correlations = |of: &dyn Fn(&super::compare::Weights) -> (Option<f64>, Option<f64>)| {
+    type Pair = (Option<f64>, Option<f64>);
+    let correlations = |of: &dyn Fn(&super::compare::Weights) -> Pair| {
         let all = weights.iter().flat_map(|w| [of(w).0, of(w).1]).flatten().collect::<Vec<f64>>();
         Spread::of(&all).map(|s| s.mean)
     };

@@ -33,8 +33,8 @@ const LARGEST_FILE: u64 = 256 << 20;
 const LARGEST_PIECE: u64 = 513 << 20;
 /// Largest bundle.
 const LARGEST_BUNDLE: u64 = 64 << 30;
-/// Longest name of a model.
-const LONGEST_MODEL: usize = 200;
+/// Longest name of a model; www/manifest.js has the same.
+pub const LONGEST_MODEL: usize = 100;
 /// Longest name of a file.
 const LONGEST_NAME: usize = 100;
 

@@ -12,6 +12,7 @@
 pub mod dataset;
 pub mod formats;
 pub mod picture;
+mod resample;
 pub mod scene;
 pub mod split;
 pub mod text;

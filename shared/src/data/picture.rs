@@ -1,7 +1,8 @@
 //! Pictures to pixel values, as CLIP's reference processor does it (Pillow bicubic, rounded to u8, centre crop).
 
-use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer, images::Image};
+use super::resample::resized;
 use serde::Deserialize;
+use std::borrow::Cow;
 
 /// An RGB picture, rows from the top, three bytes a pixel.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -16,6 +17,9 @@ pub struct Picture {
 
 /// Longer edge over shorter edge at most: only the centre is looked at, and all of it is resized.
 const MAX_ASPECT: usize = 100;
+
+/// A picture whose shorter edge is no longer is kept as it came, pixels; photos would fill the memory.
+const KEPT: usize = 512;
 
 /// Why a picture cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -45,6 +49,8 @@ pub enum PictureError {
 pub struct Preprocess {
     /// The shorter edge after resizing, pixels.
     pub shortest_edge: usize,
+    /// Both edges become `shortest_edge`, whatever the proportions.
+    pub stretched: bool,
     /// Edge of the centre crop, pixels.
     pub crop: usize,
     /// Channel means, after scaling to 0..1.
@@ -77,6 +83,13 @@ struct Raw {
     crop_size: Option<RawSize>,
     image_mean: Option<[f32; 3]>,
     image_std: Option<[f32; 3]>,
+    do_resize: Option<bool>,
+    do_center_crop: Option<bool>,
+    do_rescale: Option<bool>,
+    do_normalize: Option<bool>,
+    do_pad: Option<bool>,
+    resample: Option<u32>,
+    rescale_factor: Option<f64>,
 }
 
 impl Preprocess {
@@ -86,6 +99,26 @@ impl Preprocess {
     /// [`PictureError::Config`] names the key.
     pub fn from_json(json: &str) -> Result<Self, PictureError> {
         let raw: Raw = serde_json::from_str(json).map_err(|e| PictureError::Config(e.to_string()))?;
+        let fail = |cause: String| Err(PictureError::Config(cause));
+        let steps = [
+            ("do_resize", raw.do_resize),
+            ("do_center_crop", raw.do_center_crop),
+            ("do_rescale", raw.do_rescale),
+            ("do_normalize", raw.do_normalize),
+        ];
+        if let Some((key, _)) = steps.iter().find(|(_, on)| *on == Some(false)) {
+            return fail(format!("'{key}' is false, supported is CLIP's preprocessing with all its steps"));
+        }
+        if raw.do_pad == Some(true) {
+            return fail("'do_pad' is true, supported is CLIP's preprocessing, which does not pad".into());
+        }
+        if raw.resample.is_some_and(|r| r != 3) {
+            return fail("'resample' must be 3 (bicubic)".into());
+        }
+        if raw.rescale_factor.is_some_and(|f| (f * 255.0 - 1.0).abs() > 1e-6) {
+            return fail("'rescale_factor' must be 1/255".into());
+        }
+        let stretched = matches!(&raw.size, Some(RawSize::Named { shortest_edge: None, .. }));
         let edge = |size: Option<RawSize>, key: &str| match size {
             None => Ok(224),
             Some(s) => s
@@ -95,6 +128,7 @@ impl Preprocess {
         };
         let this = Self {
             shortest_edge: edge(raw.size, "size")?,
+            stretched,
             crop: edge(raw.crop_size, "crop_size")?,
             mean: raw.image_mean.unwrap_or([0.481_454_66, 0.457_827_5, 0.408_210_73]),
             std: raw.image_std.unwrap_or([0.268_629_55, 0.261_302_6, 0.275_777_1]),
@@ -108,39 +142,53 @@ impl Preprocess {
         Ok(this)
     }
 
-    /// Resize the shorter edge, crop the centre.
-    ///
-    /// # Errors
-    /// [`PictureError`] for a picture whose bytes do not fit its size.
-    pub fn resize(&self, picture: &Picture) -> Result<Picture, PictureError> {
+    /// Width and height after resizing.
+    fn target(&self, w: usize, h: usize) -> (usize, usize) {
+        let edge = self.shortest_edge;
+        let scaled = edge * w.max(h) / w.min(h);
+        match (self.stretched, w <= h) {
+            (true, _) => (edge, edge),
+            (false, true) => (edge, scaled),
+            (false, false) => (scaled, edge),
+        }
+    }
+
+    /// Resized and not yet cropped; not copied where the size is right.
+    fn scaled<'a>(&self, picture: &'a Picture) -> Result<Cow<'a, Picture>, PictureError> {
         let (w, h) = (picture.width, picture.height);
         let expected = w * h * 3;
         if expected == 0 || picture.rgb.len() != expected {
             return Err(PictureError::Size { width: w, height: h, expected, found: picture.rgb.len() });
         }
-        let (short, long) = (w.min(h), w.max(h));
-        if long / short > MAX_ASPECT {
+        if w.max(h) / w.min(h) > MAX_ASPECT {
             return Err(PictureError::Resize(format!("{w} x {h} pixels are too narrow; crop it")));
         }
-        let scaled = self.shortest_edge * long / short;
-        let (new_w, new_h) = if w <= h { (self.shortest_edge, scaled) } else { (scaled, self.shortest_edge) };
-        let resized = if (new_w, new_h) == (w, h) {
-            picture.rgb.clone()
-        } else {
-            let fail = |e: String| PictureError::Resize(e);
-            let source = Image::from_vec_u8(w as u32, h as u32, picture.rgb.clone(), PixelType::U8x3)
-                .map_err(|e| fail(e.to_string()))?;
-            let mut target = Image::new(new_w as u32, new_h as u32, PixelType::U8x3);
-            // Catmull-Rom is the cubic with a = -0.5, Pillow's bicubic; "convolution" widens it when shrinking.
-            let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom));
-            Resizer::new().resize(&source, &mut target, &options).map_err(|e| fail(e.to_string()))?;
-            target.into_vec()
-        };
-        let (left, top) = ((new_w - self.crop) / 2, (new_h - self.crop) / 2);
+        let (width, height) = self.target(w, h);
+        Ok(if (width, height) == (w, h) { Cow::Borrowed(picture) } else { Cow::Owned(resized(picture, width, height)) })
+    }
+
+    /// A picture as it is kept: a large one already resized, which [`Self::resize`] then only crops, so the pixels are the same.
+    ///
+    /// # Errors
+    /// As [`Self::resize`].
+    pub fn fit(&self, picture: Picture) -> Result<Picture, PictureError> {
+        if picture.width.min(picture.height) <= KEPT.max(self.shortest_edge) {
+            return Ok(picture);
+        }
+        Ok(self.scaled(&picture)?.into_owned())
+    }
+
+    /// Resize the shorter edge, crop the centre.
+    ///
+    /// # Errors
+    /// [`PictureError`] for a picture whose bytes do not fit its size.
+    pub fn resize(&self, picture: &Picture) -> Result<Picture, PictureError> {
+        let resized = self.scaled(picture)?;
+        let (left, top) = ((resized.width - self.crop) / 2, (resized.height - self.crop) / 2);
         let mut rgb = Vec::with_capacity(self.crop * self.crop * 3);
         for y in top..top + self.crop {
-            let start = (y * new_w + left) * 3;
-            rgb.extend_from_slice(&resized[start..start + self.crop * 3]);
+            let start = (y * resized.width + left) * 3;
+            rgb.extend_from_slice(&resized.rgb[start..start + self.crop * 3]);
         }
         Ok(Picture { width: self.crop, height: self.crop, rgb })
     }
@@ -189,6 +237,75 @@ mod tests {
     fn a_plain_colour_stays_when_shrunk() {
         let picture = Picture { width: 9, height: 17, rgb: [10, 200, 30].repeat(9 * 17) };
         assert_eq!(preprocess().resize(&picture).unwrap().rgb, [10, 200, 30].repeat(16));
+    }
+
+    /// Black, white from `corner` on; one channel of what comes out at one size for resizing and cropping.
+    fn corner(width: usize, height: usize, corner: (usize, usize), size: usize) -> Vec<Vec<u8>> {
+        let rgb = (0..height)
+            .flat_map(|y| (0..width).flat_map(move |x| [if x >= corner.0 && y >= corner.1 { 255 } else { 0 }; 3]));
+        let picture = Picture { width, height, rgb: rgb.collect() };
+        let json = format!(r#"{{"size":{{"shortest_edge":{size}}},"crop_size":{{"height":{size},"width":{size}}}}}"#);
+        let preprocess = Preprocess::from_json(&json).unwrap();
+        let one: Vec<u8> = preprocess.resize(&picture).unwrap().rgb.iter().step_by(3).copied().collect();
+        assert_eq!(preprocess.resize(&preprocess.fit(picture.clone()).unwrap()).unwrap().rgb.len(), size * size * 3);
+        one.chunks(size).map(<[u8]>::to_vec).collect()
+    }
+
+    /// Pillow's own values; down first and then across is 7 and 11 levels off here.
+    #[test]
+    fn full_contrast_is_resampled_as_pillow_does() {
+        let shrunk = corner(23, 19, (11, 8), 6);
+        let expected: [[u8; 6]; 6] = [
+            [0; 6],
+            [0; 6],
+            [0, 0, 0, 79, 121, 121],
+            [0, 0, 0, 173, 255, 255],
+            [0, 0, 0, 166, 255, 255],
+            [0, 0, 0, 166, 255, 255],
+        ];
+        assert_eq!(shrunk, expected);
+        let last = [0, 0, 0, 0, 128, 255, 255, 255];
+        let expected: [[u8; 8]; 8] = [
+            [0; 8],
+            [0; 8],
+            [0, 0, 0, 0, 5, 9, 9, 9],
+            [0, 0, 0, 0, 93, 186, 186, 186],
+            [0, 0, 0, 0, 137, 255, 255, 255],
+            last,
+            last,
+            last,
+        ];
+        assert_eq!(corner(6, 5, (3, 2), 8), expected);
+    }
+
+    #[test]
+    fn a_photo_is_kept_small_with_the_same_result() {
+        let mut picture = Picture { width: 1301, height: 777, rgb: vec![0; 1301 * 777 * 3] };
+        for (i, v) in picture.rgb.iter_mut().enumerate() {
+            *v = (i * 7919 % 251) as u8;
+        }
+        let preprocess = Preprocess::from_json(r#"{"size":336,"crop_size":336}"#).unwrap();
+        let kept = preprocess.fit(picture.clone()).unwrap();
+        assert_eq!((kept.width, kept.height), (562, 336));
+        assert_eq!(preprocess.resize(&kept).unwrap(), preprocess.resize(&picture).unwrap());
+    }
+
+    #[test]
+    fn other_preprocessing_than_clips_is_refused() {
+        for (json, key) in [
+            (r#"{"do_resize":false}"#, "do_resize"),
+            (r#"{"do_pad":true}"#, "do_pad"),
+            (r#"{"resample":2}"#, "resample"),
+            (r#"{"rescale_factor":1.0}"#, "rescale_factor"),
+        ] {
+            assert!(Preprocess::from_json(json).unwrap_err().to_string().contains(key), "{json}");
+        }
+        assert!(Preprocess::from_json(r#"{"size":{"height":224,"width":224}}"#).unwrap().stretched);
+        assert!(
+            !Preprocess::from_json(r#"{"size":{"shortest_edge":224},"do_resize":true,"resample":3}"#)
+                .unwrap()
+                .stretched
+        );
     }
 
     #[test]

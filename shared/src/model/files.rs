@@ -34,9 +34,11 @@ pub struct ModelFiles {
     pub weights: Weights,
 }
 
-/// Small files of a model directory that a client needs beside the weights; the last two may be absent.
+/// Small files of a model directory that a client needs beside the weights; all but the first two may be absent.
 pub const SMALL_FILES: [&str; 5] =
-    ["config.json", "tokenizer.json", "preprocessor_config.json", "generation_config.json", "processor_config.json"];
+    ["config.json", "tokenizer.json", PICTURES, "generation_config.json", "processor_config.json"];
+/// How pictures become pixels.
+const PICTURES: &str = "preprocessor_config.json";
 /// Weights in one file.
 pub const WEIGHTS: &str = "model.safetensors";
 /// The list of weights in several files.
@@ -50,11 +52,10 @@ impl SmallFiles {
     pub fn from_bytes(files: &BTreeMap<String, Vec<u8>>) -> Result<Self, CheckpointError> {
         let need = |name: &str| files.get(name).ok_or_else(|| unusable(name, "it is missing".into()));
         let config = ModelConfig::from_json(&String::from_utf8_lossy(need("config.json")?))?;
-        let preprocess = Preprocess::from_json(&String::from_utf8_lossy(need("preprocessor_config.json")?))
-            .map_err(|e| unusable("preprocessor_config.json", e.to_string()))?;
+        let preprocess = pictures(files)?;
         if preprocess.crop != config.vision.image_size {
             return Err(unusable(
-                "preprocessor_config.json",
+                PICTURES,
                 format!("it crops to {} pixels, the vision tower takes {}", preprocess.crop, config.vision.image_size),
             ));
         }
@@ -71,6 +72,26 @@ impl SmallFiles {
         })?;
         Ok(Self { config, text, preprocess })
     }
+}
+
+/// transformers 5 has no file of its own for this, but a part of processor_config.json.
+fn pictures(files: &BTreeMap<String, Vec<u8>>) -> Result<Preprocess, CheckpointError> {
+    let own = files.get(PICTURES).map(|bytes| String::from_utf8_lossy(bytes).into_owned());
+    let nested = || {
+        let json: serde_json::Value = serde_json::from_slice(files.get("processor_config.json")?).ok()?;
+        json.get("image_processor").map(serde_json::Value::to_string)
+    };
+    let lacking = || unusable(PICTURES, "it is missing, and processor_config.json has no image_processor".into());
+    Preprocess::from_json(&own.or_else(nested).ok_or_else(lacking)?).map_err(|e| unusable(PICTURES, e.to_string()))
+}
+
+/// How a model directory has pictures turned into pixels.
+///
+/// # Errors
+/// [`CheckpointError`] names the file.
+#[cfg(not(target_arch = "wasm32"))]
+pub fn preprocess(dir: &Path) -> Result<Preprocess, CheckpointError> {
+    pictures(&small_files(dir)?)
 }
 
 /// A file that is missing, or whose content cannot be used.
@@ -108,7 +129,7 @@ pub fn small_files(dir: &Path) -> Result<BTreeMap<String, Vec<u8>>, CheckpointEr
     for (i, name) in SMALL_FILES.iter().enumerate() {
         match read(dir, name) {
             Ok(bytes) => drop(files.insert((*name).to_owned(), bytes)),
-            Err(e) if i < 3 => return Err(e),
+            Err(e) if i < 2 => return Err(e),
             Err(_) => {}
         }
     }
@@ -175,6 +196,21 @@ pub fn is_plain(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_processors_file_has_what_the_pictures_file_would() {
+        let file = |(name, content): &(&str, &str)| ((*name).to_owned(), content.as_bytes().to_vec());
+        let files = |all: &[(&str, &str)]| all.iter().map(file).collect::<BTreeMap<_, _>>();
+        let own = (PICTURES, r#"{"size": 8, "crop_size": 6}"#);
+        let nested = ("processor_config.json", r#"{"image_processor": {"size": 7, "crop_size": 5}}"#);
+        assert_eq!(pictures(&files(&[nested])).unwrap().crop, 5);
+        assert_eq!(pictures(&files(&[own, nested])).unwrap().crop, 6);
+        let fault = |all: &[(&str, &str)]| pictures(&files(all)).unwrap_err().to_string();
+        let other = ("processor_config.json", r#"{"patch_size": 14}"#);
+        for all in [vec![], vec![other], vec![(PICTURES, "{"), nested]] {
+            assert!(fault(&all).contains(PICTURES), "{all:?}");
+        }
+    }
 
     #[test]
     fn an_index_names_plain_files() {

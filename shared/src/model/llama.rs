@@ -99,6 +99,12 @@ impl KvCache {
     pub fn positions(&self) -> usize {
         self.length
     }
+
+    /// Bytes of keys and values.
+    pub fn bytes(&self) -> usize {
+        let of = |t: &Tensor<4>| t.dims().iter().product::<usize>() * t.dtype().size();
+        self.layers.iter().flatten().map(|(k, v)| of(k) + of(v)).sum()
+    }
 }
 
 /// Added to forbidden scores: exp of it is 0 in f32 and it is finite in f16.

@@ -121,7 +121,12 @@ impl Weights {
         let index = WeightIndex::open(dir)?;
         let mut weights = Self::empty();
         let mut lacking = index.as_ref().map(|i| i.tensors().clone()).unwrap_or_default();
-        for name in index.map_or_else(|| vec![WEIGHTS.to_owned()], |i| i.files()) {
+        let names = index.map_or_else(|| vec![WEIGHTS.to_owned()], |i| i.files());
+        let absent: Vec<&str> = names.iter().filter(|n| !dir.join(n).is_file()).map(String::as_str).collect();
+        if !absent.is_empty() {
+            return Err(unusable(&absent.join(", "), format!("not in {}", dir.display())));
+        }
+        for name in names {
             let path = dir.join(&name);
             let content = Content::map(&path).map_err(|e| unusable(&path.display().to_string(), e.to_string()))?;
             for tensor in weights.add(name.clone(), content)? {
