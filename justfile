@@ -29,6 +29,10 @@ test *ARGS: setup
         cargo test --release --workspace --lib --bins --tests --no-fail-fast "$@"; \
     fi
 
+# The rules of the rounds in N random sequences (the tests take 10000)
+rounds N="100000":
+    FEDNANO_SEQUENCES={{ N }} cargo test --release --workspace -- rounds::
+
 # Check formatting and clippy, natively and for the browser client
 lint: (_tools "lint")
     cargo fmt --all --check

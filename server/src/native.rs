@@ -80,6 +80,10 @@ pub struct Socket {
 
 /// A server says something every 15 s; one that is silent for so long is gone.
 const SILENCE: Duration = Duration::from_secs(90);
+/// A server that takes no connection for so long counts as away.
+const CONNECT_LIMIT: Duration = Duration::from_secs(15);
+/// A frame must be gone after this: a server that is busy takes no more for a while, one that is gone never does.
+const SEND_LIMIT: Duration = Duration::from_secs(600);
 
 impl Connector for SocketConnector {
     type Transport = Socket;
@@ -89,10 +93,17 @@ impl Connector for SocketConnector {
         if self.leave.is_cancelled() {
             return Err(TransportError::Left);
         }
-        match tokio_tungstenite::connect_async_with_config(&self.url, Some(config), true).await {
-            Ok((stream, _)) => Ok(Socket { stream, leave: self.leave.clone(), silence: self.silence }),
-            Err(e) => Err(TransportError::Lost(format!("no connection to {}: {e}", self.url))),
-        }
+        let connecting = tokio_tungstenite::connect_async_with_config(&self.url, Some(config), true);
+        let connected = tokio::select! {
+            () = self.leave.cancelled() => return Err(TransportError::Left),
+            connected = tokio::time::timeout(CONNECT_LIMIT, connecting) => connected,
+        };
+        let cause = match connected {
+            Ok(Ok((stream, _))) => return Ok(Socket { stream, leave: self.leave.clone(), silence: self.silence }),
+            Ok(Err(e)) => e.to_string(),
+            Err(_) => format!("the server took none within {} s", CONNECT_LIMIT.as_secs()),
+        };
+        Err(TransportError::Lost(format!("no connection to {}: {cause}", self.url)))
     }
 }
 
@@ -100,10 +111,10 @@ impl Transport for Socket {
     async fn send(&mut self, frame: Vec<u8>) -> Result<(), TransportError> {
         // The server would close the connection, which says less.
         check_outgoing(&frame).map_err(|e| TransportError::Lost(e.to_string()))?;
-        self.stream
-            .send(Message::Binary(frame.into()))
-            .await
-            .map_err(|e| TransportError::Lost(format!("the connection broke: {e}")))
+        match tokio::time::timeout(SEND_LIMIT, self.stream.send(Message::Binary(frame.into()))).await {
+            Ok(sent) => sent.map_err(|e| TransportError::Lost(format!("the connection broke: {e}"))),
+            Err(_) => Err(TransportError::Lost("the server has taken nothing for ten minutes".into())),
+        }
     }
 
     async fn receive(&mut self) -> Result<Vec<u8>, TransportError> {

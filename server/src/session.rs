@@ -93,7 +93,9 @@ where
             session.end_text(&shared).await;
             if let Some(id) = id {
                 match end {
-                    End::Left => session.federation.left(id).await,
+                    End::Left => session.federation.left(id, connection).await,
+                    // Nobody is given up because the server stops.
+                    End::Lost if shared.shutdown.is_cancelled() => {}
                     End::Lost => session.federation.lost(id, connection).await,
                 }
             }
@@ -205,7 +207,9 @@ where
         }
     };
     if session.send(socket, welcome).await.is_err() {
-        session.abandon().await;
+        if !shared.shutdown.is_cancelled() {
+            session.abandon().await;
+        }
         return Ok(None);
     }
     Ok(Some(session))

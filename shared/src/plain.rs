@@ -123,7 +123,30 @@ impl TensorBlob {
 
 /// Adapter weights, gradients or Fisher values by name, in a fixed order; only of the tensors that are trained.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct AdapterState(pub BTreeMap<String, TensorBlob>);
+pub struct AdapterState(#[serde(deserialize_with = "few")] pub BTreeMap<String, TensorBlob>);
+
+/// Tensors by name, no more than there can be: one frame has room for millions of empty ones, each of which takes memory.
+fn few<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String, TensorBlob>, D::Error> {
+    struct Few;
+    impl<'de> serde::de::Visitor<'de> for Few {
+        type Value = BTreeMap<String, TensorBlob>;
+        fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+            write!(f, "at most {} tensors by name", AdapterState::NAMES.len())
+        }
+        fn visit_map<A: serde::de::MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            let (mut few, mut count) = (BTreeMap::new(), 0);
+            while let Some((name, blob)) = map.next_entry()? {
+                count += 1;
+                if count > AdapterState::NAMES.len() {
+                    return Err(serde::de::Error::custom(format!("more than {} tensors", AdapterState::NAMES.len())));
+                }
+                few.insert(name, blob);
+            }
+            Ok(few)
+        }
+    }
+    deserializer.deserialize_map(Few)
+}
 
 impl AdapterState {
     /// Names of all tensors that there can be, in order.
@@ -380,6 +403,22 @@ mod tests {
         assert_eq!((AdapterState::default().choice(), AdapterState::default().rank()), (None, None));
         let image = AdapterState::zeros(AdapterChoice::Image, 2, 4);
         assert!(AdapterState::zeros(AdapterChoice::Both, 2, 4).check_like(&image).is_err());
+    }
+
+    #[test]
+    fn more_tensors_than_there_can_be_are_refused_while_they_are_read() {
+        let named = |count: usize| -> BTreeMap<String, TensorBlob> {
+            (0..count).map(|n| (n.to_string(), TensorBlob::zeros(&[1]))).collect()
+        };
+        for count in [0, 4, 5, 100] {
+            let (tensors, fits) = (named(count), count <= AdapterState::NAMES.len());
+            let read = postcard::from_bytes::<AdapterState>(&postcard::to_stdvec(&tensors).unwrap());
+            assert_eq!(read.ok(), fits.then(|| AdapterState(tensors.clone())), "{count}");
+            let read = serde_json::from_str::<AdapterState>(&serde_json::to_string(&tensors).unwrap());
+            assert_eq!(read.is_ok(), fits, "{count}");
+        }
+        let whole = AdapterState::zeros(AdapterChoice::Both, 2, 3);
+        assert_eq!(postcard::from_bytes(&postcard::to_stdvec(&whole).unwrap()), Ok(whole));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use anyhow::Context;
 use burn::tensor::Device;
 use fednano_server::app::{App, HeldOutSource, ServerSettings, bind};
 use fednano_server::native::{Socket, SocketConnector};
-use fednano_server::store::Store;
+use fednano_server::store::{SavedFederation, Store};
 use fednano_shared::aggregate::StrategyState;
 use fednano_shared::client::{Connector, Outcome, Transport};
 use fednano_shared::data::dataset::Dataset;
@@ -344,6 +344,50 @@ pub fn stop_during_evaluation() -> anyhow::Result<()> {
         let status = federation.status();
         anyhow::ensure!(status.history[1].participants == [ParticipantId(1)], "{:?}", status.history[1]);
         anyhow::ensure!(all(&federation.adapter(), 0.01), "the merge is another one");
+        server.stop().await
+    })
+}
+
+/// A round is closed with one update of two, and then nothing can be judged any more: the server stops, the update is not used up,
+/// and the next server merges it, at once and alone.
+pub fn nothing_to_judge_a_merge() -> anyhow::Result<()> {
+    block(LIMIT, async {
+        let folder = tempfile::tempdir()?;
+        let settings = FederationSettings { grace_s: 0, ..by_hand(2, 2) };
+        let server = Server::start(settings.clone(), folder.path()).await?;
+        let mut a = ByHand::join(&server, hello("a", 3, Purpose::Train)).await?;
+        let mut b = ByHand::join(&server, hello("b", 3, Purpose::Train)).await?;
+        let start = a.round(1).await?;
+        b.round(1).await?;
+        anyhow::ensure!(a.update(1, filled(&start, 0.01), 3).await?.is_none(), "a sound update is refused");
+        server.stop().await?;
+        let saved = || -> anyhow::Result<SavedFederation> {
+            Store::open(folder.path(), "test")?.load()?.context("nothing is saved")
+        };
+        // Nobody was given up because the server stopped.
+        anyhow::ensure!(saved()?.history.len() == 1, "{:?}", saved()?.history);
+
+        // After the restart nobody is waited for.
+        let nothing = HeldOutSource::Data(Dataset::default());
+        let broken = server_settings(nano_llava(), nothing, settings.clone(), folder.path());
+        let app = App::start(broken, &Device::flex(), CancellationToken::new()).await?;
+        let words = app.serve(bind("127.0.0.1:0").await?).await.err().context("it was served all the same")?;
+        anyhow::ensure!(words.to_string().contains("no held-out samples"), "{words}");
+        drop(app);
+        let kept = saved()?;
+        anyhow::ensure!(kept.history.len() == 1 && kept.updates.len() == 1, "{:?}", kept.history);
+        anyhow::ensure!(kept.open.as_ref().and_then(|o| o.closed) == Some(1), "{:?}", kept.open);
+        anyhow::ensure!(kept.metrics.contains_key(&ParticipantId(1)), "the bytes of the first run are forgotten");
+
+        let server = Server::start(settings, folder.path()).await?;
+        let federation = server.app.federation("test").context("no federation")?;
+        while federation.status().history.len() < 2 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let status = federation.status();
+        anyhow::ensure!(status.history[1].participants == [ParticipantId(1)], "{:?}", status.history[1]);
+        anyhow::ensure!(all(&federation.adapter(), 0.01), "the merge is another one");
+        anyhow::ensure!(status.participants[0].traffic.updates_up > 0, "{:?}", status.participants[0]);
         server.stop().await
     })
 }

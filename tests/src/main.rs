@@ -90,6 +90,7 @@ const INDEX: &[(&str, &[Needs], Test)] = &[
     ("training::own_test_samples_are_never_trained_on", &[Nothing], training::local_test),
     ("training::so_many_steps_as_agreed", &[Nothing], training::local_steps),
     ("training::a_reload_anywhere_changes_nothing", &[Nothing], training::reload),
+    ("training::where_nobody_is_known_nothing_goes_on", &[Nothing], training::unknown),
     ("training::late_updates", &[Nothing], training::late),
     ("training::each_strategy_uploads_its_own", &[Nothing], training::strategies),
     ("training::fisher_without_a_pass", &[Nothing], training::fisher_without_a_pass),
@@ -115,6 +116,7 @@ const INDEX: &[(&str, &[Needs], Test)] = &[
     ("federation::a_write_that_fails_stops_it_before_anything_is_told", &[NanoLlava], federation::write_that_fails),
     ("federation::a_participation_taken_over_is_told_so", &[NanoLlava], federation::taken_over),
     ("federation::nothing_to_judge_is_an_error", &[NanoLlava], federation::nothing_to_judge),
+    ("federation::nothing_to_judge_a_merge_by_loses_no_update", &[NanoLlava], federation::nothing_to_judge_a_merge),
     // A server killed at each of its writes, and started again.
     ("kill::at_every_write_it_goes_on_bit_for_bit", &[Nothing], kill::every_write),
     ("kill::so_does_a_strategy_with_a_memory", &[Nothing], kill::every_write_of_a_strategy_with_memory),

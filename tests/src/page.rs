@@ -7,6 +7,7 @@ use fantoccini::actions::{InputSource, KeyAction, KeyActions};
 use fantoccini::key::Key;
 use fednano_server::native::SocketConnector;
 use fednano_shared::client::{Connector, Transport};
+use fednano_shared::plain::AdapterState;
 use fednano_shared::settings::FederationSettings;
 use fednano_shared::wire::{self, ClientMessage, Hello, Purpose, SessionToken};
 use fednano_tests::{Server, block, hello};
@@ -112,6 +113,11 @@ impl Stage {
         let from = round["fromStep"].as_u64().with_context(|| format!("no step in {round}"))?;
         ensure!(from > 0, "the round begins again: {round}");
         Ok(from)
+    }
+
+    /// The federation's adapters, as the server has them.
+    fn adapter(&self) -> anyhow::Result<AdapterState> {
+        Ok(self.server.app.federation("test").context("no federation")?.adapter())
     }
 
     /// Of how many participations there must be work in this browser.
@@ -305,7 +311,7 @@ pub fn leave_and_rejoin() -> anyhow::Result<()> {
     })
 }
 
-/// Reload in mid-round: the tab offers to go on, as the same participant, and trains no step twice.
+/// Reload in mid-round: the tab offers to go on, as the same participant, trains no step twice, and the end is the same as without.
 pub fn reload() -> anyhow::Result<()> {
     block(LIMIT, async {
         let stage = Stage::open(8).await?;
@@ -328,7 +334,13 @@ pub fn reload() -> anyhow::Result<()> {
         let there = stage.participants().await?;
         ensure!(there.len() == 1, "one tab, but the server saw {there:?}");
         stage.keeps(0).await?;
-        stage.close().await
+        let reloaded = stage.adapter()?;
+        stage.close().await?;
+        let calm = Stage::open(8).await?;
+        calm.go(SHARD).await?;
+        calm.join_to_the_end().await?;
+        ensure!(calm.adapter()? == reloaded, "without the reload the adapters are others");
+        calm.close().await
     })
 }
 

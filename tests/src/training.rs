@@ -3,7 +3,7 @@
 mod participation;
 mod stage;
 
-pub use participation::{fisher_without_a_pass, late, local_steps, local_test, reload, strategies};
+pub use participation::{fisher_without_a_pass, late, local_steps, local_test, reload, strategies, unknown};
 
 use anyhow::{Context, ensure};
 use burn::tensor::Device;

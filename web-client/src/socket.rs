@@ -13,10 +13,13 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 use wasm_bindgen::JsCast;
 use wasm_bindgen::closure::Closure;
+use wasm_bindgen_futures::JsFuture;
 use web_sys::{BinaryType, CloseEvent, MessageEvent, WebSocket};
 
 /// A server that takes no connection for so long counts as away.
 const CONNECT_LIMIT: Duration = Duration::from_secs(15);
+/// A server says something every 15 s; one that is silent for so long, while it is listened to, is gone.
+const SILENCE: Duration = Duration::from_secs(90);
 /// What browsers report when a connection broke without a goodbye.
 const BROKEN: u16 = 1006;
 
@@ -60,6 +63,8 @@ pub struct Socket {
     socket: WebSocket,
     events: mpsc::UnboundedReceiver<Event>,
     leave: Rc<Leave>,
+    heard: Duration, // when something came last, or listening began
+    watch: JsFuture, // one for the whole connection: a timer that nobody waits for any more stays until its time
     // The browser calls these: they live as long as the socket.
     _on_open: Closure<dyn FnMut()>,
     _on_message: Closure<dyn FnMut(MessageEvent)>,
@@ -92,7 +97,16 @@ impl Socket {
         socket.set_onopen(Some(on_open.as_ref().unchecked_ref()));
         socket.set_onmessage(Some(on_message.as_ref().unchecked_ref()));
         socket.set_onclose(Some(on_close.as_ref().unchecked_ref()));
-        Ok(Self { socket, events, leave, _on_open: on_open, _on_message: on_message, _on_close: on_close })
+        Ok(Self {
+            socket,
+            events,
+            leave,
+            heard: monotonic(),
+            watch: timer(SILENCE),
+            _on_open: on_open,
+            _on_message: on_message,
+            _on_close: on_close,
+        })
     }
 
     fn poll_event(&mut self, cx: &mut Context<'_>) -> Poll<Result<Event, TransportError>> {
@@ -105,6 +119,19 @@ impl Socket {
             Poll::Ready(None) => Poll::Ready(Err(TransportError::Lost("the connection is closed".to_owned()))),
             Poll::Pending => Poll::Pending,
         }
+    }
+
+    /// Has nothing come for too long? If not, the task is woken when it is time to look again.
+    fn poll_silence(&mut self, cx: &mut Context<'_>) -> bool {
+        while self.watch.poll_unpin(cx).is_ready() {
+            let left = SILENCE.saturating_sub(monotonic().saturating_sub(self.heard));
+            // At least a moment: a timer may come a little early.
+            self.watch = timer(left.max(Duration::from_millis(10)));
+            if left.is_zero() {
+                return true;
+            }
+        }
+        false
     }
 }
 
@@ -163,8 +190,16 @@ impl Transport for Socket {
     }
 
     async fn receive(&mut self) -> Result<Vec<u8>, TransportError> {
+        self.heard = monotonic();
         loop {
-            match poll_fn(|cx| self.poll_event(cx)).await? {
+            let event = poll_fn(|cx| match self.poll_event(cx) {
+                Poll::Pending if self.poll_silence(cx) => {
+                    let cause = format!("the server has been silent for {} s", SILENCE.as_secs());
+                    Poll::Ready(Err(TransportError::Lost(cause)))
+                }
+                other => other,
+            });
+            match event.await? {
                 Event::Frame(frame) => return Ok(frame),
                 Event::Closed(cause) => return Err(TransportError::Lost(cause)),
                 Event::Open => {}

@@ -4,7 +4,7 @@ use crate::datasets::{self, Listing};
 use crate::device::DeviceChoice;
 use crate::edge_download::{fetch_edge, user_cache};
 use crate::native::{Invite, Lines, SocketConnector, TokioClock};
-use crate::store::write_adapter;
+use crate::store::{private, write_adapter};
 use anyhow::Context;
 use fednano_shared::client::keep::token_of;
 use fednano_shared::client::{Keeper, Outcome, Participant, participate};
@@ -234,7 +234,7 @@ impl FileKeeper {
     /// Written beside and renamed, so that a kill leaves the old snapshot or the new one.
     fn write(&self, snapshot: &[u8]) -> std::io::Result<()> {
         let part = beside(&self.path, "part");
-        let mut file = File::create(&part)?;
+        let mut file = private().create(true).truncate(true).open(&part)?;
         file.write_all(snapshot)?;
         file.sync_all()?;
         std::fs::rename(part, &self.path)
@@ -276,6 +276,8 @@ mod tests {
         drop(first);
         let second = FileKeeper::open(path.clone()).unwrap().unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"new");
+        #[cfg(unix)]
+        assert_eq!(std::os::unix::fs::MetadataExt::mode(&std::fs::metadata(&path).unwrap()) & 0o777, 0o600);
         second.forget();
         assert_eq!(std::fs::read_dir(folder.path().join("deeper")).unwrap().count(), 0);
     }

@@ -33,13 +33,15 @@ struct Work {
 pub(super) struct Judged {
     merged: Option<(AdapterState, StrategyState)>,
     evaluation: Result<Evaluation, String>,
+    /// Nor can the adapters from before the merge be judged (any more): that is not the updates' fault.
+    broken: bool,
 }
 
 impl Work {
     fn run(mut self, held_out: &HeldOut, llm: &LlmHandle) -> Judged {
         let judge = |adapter: &AdapterState| held_out.evaluate(Some(adapter), &held_out.rows, llm).and_then(sound);
         if self.updates.is_empty() {
-            return Judged { evaluation: judge(&self.global), merged: None };
+            return Judged { evaluation: judge(&self.global), merged: None, broken: false };
         }
         match aggregate::merge(&self.settings, &self.global, self.updates, &mut self.state) {
             Ok(merged) => {
@@ -50,10 +52,11 @@ impl Work {
                 // Adapters that have not moved are as good as they were.
                 let known = self.previous.filter(|_| merged.adapter == self.global);
                 let evaluation = known.map_or_else(|| judge(&merged.adapter), Ok);
-                Judged { evaluation, merged: Some((merged.adapter, self.state)) }
+                let broken = evaluation.is_err() && judge(&self.global).is_err();
+                Judged { evaluation, merged: Some((merged.adapter, self.state)), broken }
             }
             // Each update was validated on arrival; should it fail all the same, the old adapters stay.
-            Err(cause) => Judged { evaluation: Err(cause.to_string()), merged: None },
+            Err(cause) => Judged { evaluation: Err(cause.to_string()), merged: None, broken: false },
         }
     }
 }
@@ -92,7 +95,7 @@ impl Coordinator {
             drop(sender.send(work.run(&held_out, &llm)));
         });
         tokio::spawn(async move {
-            let failed = |cause: String| Judged { merged: None, evaluation: Err(cause) };
+            let failed = |cause: String| Judged { merged: None, evaluation: Err(cause), broken: true };
             let judged = match thread {
                 Ok(_) => result.await.unwrap_or_else(|_| failed("the evaluation broke off".into())),
                 Err(e) => failed(format!("the system gives no thread: {e}")),
@@ -104,11 +107,17 @@ impl Coordinator {
         });
     }
 
-    /// Adopt a merge that could be judged, keep the old adapters otherwise; the round is done either way.
+    /// Adopt a merge that could be judged, keep the old adapters otherwise; the round is done either way. Where nothing can be judged
+    /// any more the federation stops instead: the updates stay on disk, and the merge is made again after a restart.
     ///
     /// # Errors
     /// A write that failed.
     pub(super) fn judged(&mut self, judged: Judged) -> anyhow::Result<()> {
+        if judged.broken {
+            let cause = judged.evaluation.err().unwrap_or_default();
+            self.fail(members::not_judged(&cause));
+            return Ok(());
+        }
         let result = match (self.pending.take(), self.history.last().map(|r| r.held_out)) {
             (Some(pending), Some(previous)) => self.adopt(pending, judged, previous)?,
             _ => match judged.evaluation {
@@ -173,6 +182,7 @@ impl Coordinator {
             }
         }
         self.open = None;
+        self.keep_metrics()?;
         Ok(result)
     }
 }
@@ -203,6 +213,8 @@ fn mean(locals: &[LocalEvaluation]) -> Option<LocalEvaluation> {
         let weighted = |value: fn(&Evaluation) -> f64| {
             locals.iter().map(of).map(|e| value(&e) * e.samples as f64).sum::<f64>() / samples.max(1) as f64
         };
+        // A tab's numbers have 32 bits: it could not read a larger one.
+        let samples = samples.min(u32::MAX as usize);
         Evaluation { accuracy: weighted(|e| e.accuracy), loss: weighted(|e| e.loss), samples }
     };
     (!locals.is_empty()).then(|| LocalEvaluation { global: over(|l| l.global), own: over(|l| l.own) })
@@ -231,6 +243,14 @@ mod tests {
         let mean = mean(&[of(1.0, 3), of(0.0, 1)]).unwrap();
         assert_eq!((mean.global.accuracy, mean.global.loss, mean.global.samples), (0.75, 1.5, 4));
         assert_eq!((mean.own.accuracy, mean.own.samples), (0.375, 4));
+    }
+
+    #[test]
+    fn sums_of_samples_fit_into_a_tab() {
+        let most = evaluation(0.5, u32::MAX as usize);
+        let mean = mean(&[LocalEvaluation { global: most, own: most }; 2]).unwrap();
+        assert_eq!((mean.global.samples, mean.own.samples), (u32::MAX as usize, u32::MAX as usize));
+        assert_eq!(mean.own.accuracy, 0.5);
     }
 
     #[test]

@@ -1,12 +1,16 @@
 //! Who takes part: joining, coming back, and what participants are told and shown.
 
 use super::{Coordinator, Joined, OUTBOX};
-use crate::store::SavedParticipant;
+use crate::store::{Metrics, SavedParticipant};
 use fednano_shared::wire::{
     Fault, FaultCode, Hello, LocalEvaluation, ParticipantId, ParticipantStatus, ServerMessage, SessionToken, Status,
     Traffic,
 };
 use tokio::sync::mpsc;
+
+/// Participants known to a federation, whether they are here or not: so many, or twice those that it needs to start. Each is in
+/// every status, and nothing else would bound what strangers can make a server keep.
+const MOST_PARTICIPANTS: usize = 2_000;
 
 /// One that has joined at some time.
 pub(super) struct Participant {
@@ -21,17 +25,9 @@ pub(super) struct Participant {
 }
 
 impl Participant {
-    /// One that is not here, or not yet.
-    pub(super) fn away(saved: SavedParticipant) -> Self {
-        Self {
-            saved,
-            progress: (0, 0),
-            loss: None,
-            local: None,
-            traffic: Traffic::default(),
-            outbox: None,
-            connection: 0,
-        }
+    /// One that is not here, or not yet; with its bytes so far and its last own judgement.
+    pub(super) fn away(saved: SavedParticipant, (traffic, local): Metrics) -> Self {
+        Self { saved, progress: (0, 0), loss: None, local, traffic, outbox: None, connection: 0 }
     }
 }
 
@@ -54,6 +50,10 @@ impl Coordinator {
             .as_ref()
             .and_then(|t| self.participants.iter().find(|(_, p)| p.saved.token == *t))
             .map(|(id, _)| *id);
+        let most = MOST_PARTICIPANTS.max(self.settings.min_participants.saturating_mul(2));
+        if known.is_none() && self.participants.len() >= most {
+            return Err(Refused::Fault(full(most)));
+        }
         let id = known.unwrap_or_else(|| ParticipantId(self.participants.keys().last().map_or(1, |id| id.0 + 1)));
         let token = match hello.resume.filter(|token| known.is_some() || token.is_sound()) {
             Some(token) => token,
@@ -79,7 +79,7 @@ impl Coordinator {
             self.store.participant(&saved).map_err(Refused::Disk)?;
         }
         let (sender, outbox) = mpsc::channel(OUTBOX);
-        let p = self.participants.entry(id).or_insert_with(|| Participant::away(saved.clone()));
+        let p = self.participants.entry(id).or_insert_with(|| Participant::away(saved.clone(), Metrics::default()));
         if let Some(old) = p.outbox.replace(sender) {
             // Told nothing, the older tab would come back and throw the newer one out, without end. Where it does not
             // listen any more, nothing needs to be said.
@@ -101,10 +101,13 @@ impl Coordinator {
             return;
         };
         let status = matches!(message, ServerMessage::Status(_));
-        if let Some(outbox) = &p.outbox
-            && outbox.try_send(message).is_err()
-            && !status
-        {
+        let Some(outbox) = &p.outbox else {
+            return;
+        };
+        if status && outbox.capacity() < OUTBOX / 2 {
+            return; // the other half is for what must be heard
+        }
+        if outbox.try_send(message).is_err() && !status {
             p.outbox = None; // too slow, or gone: its session ends and it may come back
         }
     }
@@ -138,10 +141,20 @@ impl Coordinator {
     pub(super) fn show(&mut self) {
         self.changed = false;
         let status = self.status();
-        for id in self.participants.keys().copied().collect::<Vec<_>>() {
+        let here = self.participants.iter().filter(|(_, p)| p.outbox.is_some());
+        for id in here.map(|(id, _)| *id).collect::<Vec<_>>() {
             self.tell(id, ServerMessage::Status(status.clone()));
         }
         self.shown.send_replace(status);
+    }
+
+    /// Put on disk what the participants' table shows of everybody; what comes in between is lost with a kill.
+    ///
+    /// # Errors
+    /// A write that failed.
+    pub(super) fn keep_metrics(&self) -> anyhow::Result<()> {
+        let metrics: Vec<_> = self.participants.iter().map(|(id, p)| (*id, p.traffic, p.local)).collect();
+        self.store.metrics(&metrics)
     }
 }
 
@@ -164,12 +177,32 @@ fn taken_over() -> Fault {
     }
 }
 
+fn full(most: usize) -> Fault {
+    Fault {
+        code: FaultCode::Invalid,
+        cause: format!("this federation knows {most} participants already, and takes no more"),
+        remedy: "come back with the tab or program that took part before, or ask the operator for another federation"
+            .into(),
+    }
+}
+
 /// What participants of a federation are told that has nothing to judge its rounds by.
 pub(super) fn not_judged(cause: &str) -> Fault {
     Fault {
         code: FaultCode::Server,
-        cause: format!("the untouched model cannot be judged: {cause}"),
-        remedy: "the operator should look at the server's device and its held-out set, then restart it".into(),
+        cause: format!("the federation's model cannot be judged: {cause}"),
+        remedy:
+            "the operator should look at the server's device and its held-out set, then restart it; no update is lost"
+                .into(),
+    }
+}
+
+/// What they are told when nobody can compute the LLM's half any more.
+pub(super) fn not_computed() -> Fault {
+    Fault {
+        code: FaultCode::Server,
+        cause: "the LLM's thread has ended".into(),
+        remedy: "the operator should look at the server's device and start it again; nothing is lost".into(),
     }
 }
 

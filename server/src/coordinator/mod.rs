@@ -3,8 +3,8 @@
 //!
 //! What is told is on disk already: a round before its `Round`, an update before its `UpdateAccepted`, a participant before its
 //! `Welcome`, a merge before the next round. So a server that is killed anywhere goes on as if nothing had happened: whoever was
-//! not answered sends again. Where the disk fails, the federation stops and nothing is acknowledged. A write blocks the task for
-//! some milliseconds: nothing could be said before it is done anyway.
+//! not answered sends again. Where the disk fails, the federation stops and nothing is acknowledged. A write blocks the task, and a
+//! thread of the runtime, which must have several: nothing could be said before it is done anyway.
 
 mod evaluation;
 mod members;
@@ -29,6 +29,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::block_in_place;
 
 /// Commands waiting; when full, sessions wait.
 const COMMANDS: usize = 256;
@@ -64,7 +65,7 @@ enum Command {
     Progress(ParticipantId, u32, (u32, u32), f32),
     Traffic(ParticipantId, Box<Traffic>),
     Lost(ParticipantId, u64),
-    Left(ParticipantId),
+    Left(ParticipantId, u64),
     Judged(Box<Judged>),
     Stop(oneshot::Sender<()>),
 }
@@ -121,9 +122,9 @@ impl Federation {
         drop(self.commands.send(Command::Lost(id, connection)).await);
     }
 
-    /// A participant left for good.
-    pub async fn left(&self, id: ParticipantId) {
-        drop(self.commands.send(Command::Left(id)).await);
+    /// A participant left for good, over this connection.
+    pub async fn left(&self, id: ParticipantId, connection: u64) {
+        drop(self.commands.send(Command::Left(id, connection)).await);
     }
 
     /// The federation now.
@@ -199,25 +200,41 @@ impl Coordinator {
             tokio::select! {
                 command = inbox.recv() => match command {
                     Some(Command::Stop(reply)) => {
-                        drop(self); // and with it the store
+                        block_in_place(|| self.end());
                         let _ = reply.send(());
                         return;
                     }
-                    Some(command) => self.handle(command),
+                    // Often, and never written down at once.
+                    Some(command @ (Command::Progress(..) | Command::Traffic(..))) => self.handle(command),
+                    // The disk may take its time: the runtime's other tasks go on elsewhere.
+                    Some(command) => block_in_place(|| self.handle(command)),
                     None => return,
                 },
-                _ = ticks.tick() => self.tick(),
+                _ = ticks.tick() => block_in_place(|| self.tick()),
             }
         }
     }
 
     fn tick(&mut self) {
-        if self.failed().is_none() {
-            let done = self.event(Event::Tick);
-            self.check(done);
-            if self.changed {
-                self.show();
-            }
+        if self.failed().is_some() {
+            return;
+        }
+        if self.llm.is_gone() {
+            return self.fail(members::not_computed());
+        }
+        let done = self.event(Event::Tick);
+        self.check(done);
+        if self.changed {
+            self.show();
+        }
+    }
+
+    /// Close the store.
+    fn end(self) {
+        if self.failed().is_none()
+            && let Err(cause) = self.keep_metrics()
+        {
+            tracing::warn!(federation = self.name, "the newest figures of the participants are lost: {cause:#}");
         }
     }
 
@@ -264,8 +281,10 @@ impl Coordinator {
             },
             Command::Update(from, update) => self.update(from, *update)?,
             Command::Personal(id, local) => {
+                let asked = self.settings.local_test > 0.0;
                 if let Some(p) = self.participants.get_mut(&id) {
-                    p.local = evaluation::plausible(local, p.saved.samples);
+                    p.local = Some(local).filter(|_| asked).and_then(|l| evaluation::plausible(l, p.saved.samples));
+                    self.store.metrics(&[(id, p.traffic, p.local)])?;
                 }
                 self.llm.release(id);
             }
@@ -287,8 +306,9 @@ impl Coordinator {
                     self.event(Event::Lost(id))?;
                 }
             }
-            Command::Left(id) => {
-                if let Some(p) = self.participants.get_mut(&id) {
+            Command::Left(id, connection) => {
+                // Not that of one who is back already.
+                if let Some(p) = self.participants.get_mut(&id).filter(|p| p.connection == connection) {
                     p.outbox = None;
                     self.leave(id)?;
                 }
@@ -304,6 +324,8 @@ impl Coordinator {
         let announced = self.participants.get(&from).map_or(0, |p| p.saved.samples);
         // Nobody raises its weight above the samples it announced.
         update.samples = update.samples.min(announced);
+        // Where nothing is held back, nobody has anything to judge by.
+        update.local = update.local.filter(|_| self.settings.local_test > 0.0);
         update.local = update.local.and_then(|local| evaluation::plausible(local, announced));
         let candidate = evaluation::client_update(from, update.clone(), 0);
         if let Err(cause) = aggregate::validate(&self.settings, &self.global, &candidate) {
@@ -385,7 +407,13 @@ impl Coordinator {
             // It may train in the current round as well, so it is not released.
             Action::AcceptLate { from, round } => self.tell(from, ServerMessage::UpdateAccepted { round }),
             Action::Refuse { from, round, why } => self.refuse(from, round, why),
-            Action::Merge { round, from } => self.merge(round, from),
+            Action::Merge { round, from } => {
+                // Another run would wait for more.
+                if self.machine.closed_short() {
+                    self.store.close(round, from.len())?;
+                }
+                self.merge(round, from);
+            }
             Action::Pause { round } => {
                 tracing::info!(
                     federation = self.name,

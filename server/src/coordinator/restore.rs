@@ -5,7 +5,7 @@ use super::round::{Limits, Machine, Open, Saved};
 use super::{COMMANDS, Coordinator, Federation, Opened};
 use crate::held_out::HeldOut;
 use crate::llm_host::LlmHandle;
-use crate::store::{NewFederation, SavedFederation, Store};
+use crate::store::{NewFederation, SavedFederation, SavedParticipant, Store};
 use anyhow::Context;
 use fednano_shared::model::adapter::NanoAdapters;
 use fednano_shared::settings::FederationSettings;
@@ -54,10 +54,15 @@ pub fn start(founding: Founding, llm: LlmHandle, held_out: Arc<HeldOut>, store: 
         "federation '{name}' was begun with other settings or another model; use the same ones (`fednano resume` does), another name, or another --data-dir"
     );
     let machine = Machine::new(Limits::of(&settings), &machine(&saved));
+    let mut metrics = saved.metrics;
+    let away = |p: SavedParticipant| {
+        let metrics = metrics.remove(&p.id).unwrap_or_default();
+        (p.id, Participant::away(p, metrics))
+    };
     let (commands, inbox) = mpsc::channel(COMMANDS);
     let mut coordinator = Coordinator {
         machine,
-        participants: saved.participants.into_iter().map(|p| (p.id, Participant::away(p))).collect(),
+        participants: saved.participants.into_iter().map(away).collect(),
         updates: saved.updates.into_iter().map(|(id, update)| ((id, update.round), update)).collect(),
         open: saved.open.map(|o| Opened { round: o.round, assigned: o.assigned.into_iter().collect() }),
         history: saved.history,
@@ -104,7 +109,12 @@ fn machine(saved: &SavedFederation) -> Saved {
     Saved {
         done: saved.history.last().map_or(0, |r| r.round),
         evaluated_start: !saved.history.is_empty(),
-        open: saved.open.as_ref().map(|o| Open { round: o.round, target: o.target, assigned: o.assigned.clone() }),
+        open: saved.open.as_ref().map(|o| Open {
+            round: o.round,
+            target: o.target,
+            assigned: o.assigned.clone(),
+            closed: o.closed,
+        }),
         accepted: saved.updates.iter().map(|(id, update)| (*id, update.round)).collect(),
         known: saved.participants.iter().map(|p| (p.id, p.left)).collect(),
         past: saved.past.clone(),

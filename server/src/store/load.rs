@@ -1,6 +1,6 @@
 //! Rows of the database to values, and the few values that are more than one column.
 
-use super::{SavedFederation, SavedParticipant, SavedRound, Summary, tensors};
+use super::{Metrics, SavedFederation, SavedParticipant, SavedRound, Summary, tensors};
 use anyhow::Context;
 use fednano_shared::plain::AdapterState;
 use fednano_shared::settings::FederationSettings;
@@ -10,6 +10,7 @@ use rusqlite::types::{Type, Value};
 use rusqlite::{Connection, OptionalExtension, Params, Row};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use std::collections::BTreeMap;
 
 /// Columns of a [`LocalEvaluation`], in `accepted` and `result`.
 pub(super) const LOCAL: &str = "global_accuracy, global_loss, global_samples, own_accuracy, own_loss, own_samples";
@@ -24,6 +25,7 @@ pub(super) fn federation(c: &Connection, name: &str) -> anyhow::Result<Option<Sa
     let done = history.last().map_or(0, |r| r.round);
     Ok(Some(SavedFederation {
         participants: participants(c, name)?,
+        metrics: metrics(c, name)?,
         adapter: checkpoint(c, name, done)?,
         state: fednano_shared::aggregate::StrategyState(strategy_state(c, name)?),
         open: open_round(c, name, done)?,
@@ -136,14 +138,23 @@ fn participants(c: &Connection, name: &str) -> rusqlite::Result<Vec<SavedPartici
     })
 }
 
+/// Figures for people to look at: what cannot be read is as if it had never been kept.
+fn metrics(c: &Connection, name: &str) -> rusqlite::Result<BTreeMap<ParticipantId, Metrics>> {
+    let sql = "SELECT id, metrics FROM participant WHERE federation = ?1 AND metrics IS NOT NULL";
+    let found = rows(c, sql, [name], |row| Ok((ParticipantId(row.get(0)?), row.get::<_, String>(1)?)))?;
+    Ok(found.into_iter().filter_map(|(id, json)| Some((id, serde_json::from_str(&json).ok()?))).collect())
+}
+
 /// The round that has begun and is not done.
 fn open_round(c: &Connection, name: &str, done: u32) -> rusqlite::Result<Option<SavedRound>> {
-    let sql = "SELECT number, target FROM round WHERE federation = ?1 AND number > ?2";
-    let open = c.query_row(sql, (name, done), |row| Ok((row.get::<_, u32>(0)?, row.get::<_, usize>(1)?))).optional()?;
-    let Some((round, target)) = open else { return Ok(None) };
+    let sql = "SELECT number, target, closed FROM round WHERE federation = ?1 AND number > ?2";
+    let open = c.query_row(sql, (name, done), |row| {
+        Ok((row.get::<_, u32>(0)?, row.get::<_, usize>(1)?, row.get::<_, Option<usize>>(2)?))
+    });
+    let Some((round, target, closed)) = open.optional()? else { return Ok(None) };
     let sql = "SELECT participant FROM assignment WHERE federation = ?1 AND round = ?2 ORDER BY participant";
     let assigned = rows(c, sql, (name, round), |row| Ok(ParticipantId(row.get(0)?)))?;
-    Ok(Some(SavedRound { round, target, assigned }))
+    Ok(Some(SavedRound { round, target, assigned, closed }))
 }
 
 /// Updates that wait to be merged, in the order of their arrival.
@@ -184,7 +195,7 @@ fn past(c: &Connection, name: &str, done: u32, staleness: u32) -> rusqlite::Resu
     rows(c, sql, (name, done, before), |row| Ok((ParticipantId(row.get(0)?), row.get(1)?, row.get(2)?)))
 }
 
-fn strategy_state(c: &Connection, name: &str) -> anyhow::Result<std::collections::BTreeMap<String, AdapterState>> {
+fn strategy_state(c: &Connection, name: &str) -> anyhow::Result<BTreeMap<String, AdapterState>> {
     let sql = "SELECT name, tensors FROM strategy_state WHERE federation = ?1";
     let found = rows(c, sql, [name], |row| Ok((row.get::<_, String>(0)?, row.get::<_, Vec<u8>>(1)?)))?;
     let read = |(key, blob): (String, Vec<u8>)| {

@@ -12,7 +12,7 @@
 //! whoever calls it may tell others once it has returned, not before. A round goes through the store like this:
 //!
 //! ```text
-//! create, judged -> begin_round -> assign, participant, left -> accept (once an update) -> merged -> begin_round ...
+//! create, judged -> begin_round -> assign, participant, left -> accept (once an update) -> close -> merged -> begin_round ...
 //! ```
 
 mod crash;
@@ -28,8 +28,12 @@ use anyhow::{Context, ensure};
 use fednano_shared::aggregate::StrategyState;
 use fednano_shared::plain::AdapterState;
 use fednano_shared::settings::FederationSettings;
-use fednano_shared::wire::{self, ClientKind, ParticipantId, RoundResult, SessionToken, Update};
+use fednano_shared::wire::{
+    self, ClientKind, LocalEvaluation, ParticipantId, RoundResult, SessionToken, Traffic, Update,
+};
 use rusqlite::{Connection, params};
+use std::collections::BTreeMap;
+use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -60,6 +64,8 @@ pub struct SavedFederation {
     pub model_dir: String,
     /// Who may come back, by number.
     pub participants: Vec<SavedParticipant>,
+    /// What was last kept of their figures.
+    pub metrics: BTreeMap<ParticipantId, Metrics>,
     /// Results of the rounds that are done, from round 0 on; empty before the untouched model was judged.
     pub history: Vec<RoundResult>,
     /// Adapters after the last of them.
@@ -84,7 +90,12 @@ pub struct SavedRound {
     pub target: usize,
     /// Who was told to train, by number.
     pub assigned: Vec<ParticipantId>,
+    /// It was closed with fewer than it needs: so many updates, the first of those that wait, are merged with it.
+    pub closed: Option<usize>,
 }
+
+/// A participant's bytes so far, and its last judgement on its own test samples.
+pub type Metrics = (Traffic, Option<LocalEvaluation>);
 
 /// A known participant.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -291,6 +302,38 @@ impl Store {
         self.write(&format!("assign round {round} to {}", id.0), |c| self.insert_assignment(c, round, id))
     }
 
+    /// Keep that the round under way is closed with fewer updates than it needs: with the first `merged` of those that wait.
+    ///
+    /// # Errors
+    /// A round that is not under way.
+    pub fn close(&self, round: u32, merged: usize) -> anyhow::Result<()> {
+        self.write(&format!("close round {round}"), |c| {
+            self.expect(c, round)?;
+            let sql = "UPDATE round SET closed = ?1 WHERE federation = ?2 AND number = ?3";
+            let changed = c.execute(sql, (merged, &self.federation, round))?;
+            ensure!(changed == 1, "round {round} of federation '{}' has not begun", self.federation);
+            Ok(())
+        })
+    }
+
+    /// Keep figures of known participants.
+    ///
+    /// # Errors
+    /// A file that cannot be used.
+    pub fn metrics(&self, metrics: &[(ParticipantId, Traffic, Option<LocalEvaluation>)]) -> anyhow::Result<()> {
+        let pack = |(id, traffic, local): &(ParticipantId, Traffic, Option<LocalEvaluation>)| {
+            anyhow::Ok((id.0, load::pack(&(traffic, local))?))
+        };
+        let rows: Vec<(u32, String)> = metrics.iter().map(pack).collect::<anyhow::Result<_>>()?;
+        self.write("metrics", |c| {
+            let mut sql = c.prepare("UPDATE participant SET metrics = ?1 WHERE federation = ?2 AND id = ?3")?;
+            for (id, figures) in &rows {
+                sql.execute((figures, &self.federation, id))?;
+            }
+            Ok(())
+        })
+    }
+
     /// Keep an update that counts. It may be of an earlier round than the one under way.
     ///
     /// # Errors
@@ -427,6 +470,15 @@ impl Store {
         )?;
         Ok(())
     }
+}
+
+/// How to open a file that nobody but this user may read, should it not be there yet: secrets of participants lie in it.
+pub fn private() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.write(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options
 }
 
 fn names(all: &[Summary]) -> String {

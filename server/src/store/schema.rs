@@ -32,12 +32,14 @@ CREATE TABLE participant (
     device TEXT NOT NULL,
     samples INTEGER NOT NULL,
     has_left INTEGER NOT NULL,
+    metrics TEXT, -- JSON of bytes and last own judgement, as last kept
     PRIMARY KEY (federation, id)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE round ( -- that have begun
     federation TEXT NOT NULL REFERENCES federation (name),
     number INTEGER NOT NULL,
     target INTEGER NOT NULL, -- updates that it needs
+    closed INTEGER, -- merged with fewer: with so many of those that waited
     PRIMARY KEY (federation, number)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE assignment ( -- who was told to train in a round
@@ -99,6 +101,8 @@ pub(super) fn open(file: &Path) -> anyhow::Result<Connection> {
 }
 
 fn connect(file: &Path) -> anyhow::Result<Connection> {
+    // Its other files get the same rights. Where it cannot be made, SQLite says so in a moment.
+    drop(super::private().create_new(true).open(file));
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let mut connection = Connection::open_with_flags(file, flags)?;
     connection.busy_timeout(BUSY)?;

@@ -3,8 +3,6 @@
 use super::*;
 use fednano_shared::settings::AdapterChoice;
 use fednano_shared::step::Evaluation;
-use fednano_shared::wire::LocalEvaluation;
-use std::collections::BTreeMap;
 use std::process::{Command, Stdio};
 
 const NAME: &str = "f";
@@ -132,7 +130,7 @@ fn everything_comes_back_bit_for_bit() {
     store.accept(A, &update(1, A)).unwrap();
     store.left(B).unwrap();
     let saved = loaded(&store);
-    assert_eq!(saved.open, Some(SavedRound { round: 1, target: 2, assigned: vec![A, B, C] }));
+    assert_eq!(saved.open, Some(SavedRound { round: 1, target: 2, assigned: vec![A, B, C], closed: None }));
     assert_eq!(saved.updates, [(B, update(1, B)), (A, update(1, A))], "in the order of arrival");
     assert_eq!(saved.history, [result(0)]);
     let gone = SavedParticipant { left: true, ..participant(B) };
@@ -142,16 +140,22 @@ fn everything_comes_back_bit_for_bit() {
     store.begin_round(2, 1, &[A]).unwrap();
     store.begin_round(2, 2, &[B]).unwrap(); // after a pause
     store.accept(C, &update(1, C)).unwrap(); // a round late
+    store.close(2, 1).unwrap();
+    let traffic = Traffic { updates_up: u64::MAX, ..Traffic::default() };
+    let judged = Evaluation { accuracy: 0.25, loss: 1.5, samples: 4 };
+    let own = Some(LocalEvaluation { global: judged, own: judged });
+    store.metrics(&[(A, traffic, None), (B, Traffic::default(), own)]).unwrap();
     store.participant(&participant(B)).unwrap(); // is back
     drop(store);
     let store = Store::open(folder.path(), NAME).unwrap();
     let saved = loaded(&store);
     assert_eq!((&saved.adapter, &saved.state), (&adapter(1.0), &state(1.0)));
     assert_eq!(saved.history, [result(0), result(1)]);
-    assert_eq!(saved.open, Some(SavedRound { round: 2, target: 2, assigned: vec![A, B] }));
+    assert_eq!(saved.open, Some(SavedRound { round: 2, target: 2, assigned: vec![A, B], closed: Some(1) }));
     assert_eq!(saved.updates, [(C, update(1, C))]);
     assert_eq!(saved.past, [(A, 1, true), (B, 1, true), (C, 1, true)]);
     assert_eq!(saved.participants, [A, B, C].map(participant));
+    assert_eq!(saved.metrics, BTreeMap::from([(A, (traffic, None)), (B, (Traffic::default(), own))]));
 
     store.accept(A, &update(2, A)).unwrap();
     store.merged(&result(2), &adapter(2.0), &StrategyState::default(), &[(C, 1), (A, 2)]).unwrap();
@@ -265,6 +269,8 @@ fn what_does_not_fit_is_refused_and_changes_nothing() {
     assert!(fault(store.accept(A, &update(1, A))).contains("somebody else"), "a second update");
     assert!(fault(store.accept(B, &update(2, B))).contains("somebody else"), "a round that has not begun");
     assert!(fault(store.left(ParticipantId(99))).contains("99"));
+    assert!(fault(store.close(2, 1)).contains("is at round 1, not 2"));
+    store.metrics(&[(ParticipantId(99), Traffic::default(), None)]).unwrap(); // nobody's
     // The second update is not there: nor is anything of the round then.
     let merged = |used: &[_]| store.merged(&result(1), &adapter(1.0), &state(1.0), used);
     assert!(fault(merged(&[(A, 1), (B, 1)])).contains("participant 2 for round 1"));
@@ -286,7 +292,7 @@ fn half_a_transaction(store: &Store) {
              DELETE FROM result;
              UPDATE checkpoint SET adapter = randomblob(100000);
              UPDATE accepted SET merged_in = 1, adapter = NULL;
-             INSERT INTO round VALUES ('f', 9, 9);",
+             INSERT INTO round VALUES ('f', 9, 9, NULL);",
         )
         .unwrap();
     assert!(!connection.is_autocommit());
@@ -478,6 +484,18 @@ fn places_that_cannot_be_written_are_named_with_a_remedy() {
     let words = fault(store.accept(B, &update(1, B)));
     assert!(words.contains("cannot be opened for writing") && words.contains("accept round 1 from 2"), "{words}");
     assert_eq!(loaded(&store).updates.len(), 1);
+}
+
+#[cfg(unix)]
+#[test]
+fn nobody_else_may_read_it() {
+    use std::os::unix::fs::PermissionsExt;
+    let at = folder();
+    let _store = begun(at.path());
+    for end in ["", "-wal", "-shm"] {
+        let about = std::fs::metadata(at.path().join(format!("{FILE}{end}"))).unwrap();
+        assert_eq!(about.permissions().mode() & 0o777, 0o600, "{FILE}{end}");
+    }
 }
 
 #[cfg(unix)]

@@ -128,7 +128,7 @@ pub trait Aggregator {
     ) -> Result<AdapterState, AggregateError>;
 }
 
-/// Validate, sort, shorten, merge. The state belongs to the merge: who drops the merge must drop the new state too.
+/// Validate, sort, one of each participant, shorten, merge. The state belongs to the merge: who drops the merge must drop the new state too.
 ///
 /// # Errors
 /// [`AggregateError`].
@@ -145,9 +145,46 @@ pub fn merge(
         validate(settings, global, update).map_err(|cause| AggregateError::Update { client: update.client, cause })?;
     }
     updates.sort_by_key(|u| (u.client, u.staleness));
+    let mut updates = one_each(settings, updates);
     let shortened = guard::shorten(settings, global, &mut updates);
     let adapter = aggregator(settings).aggregate(global, &updates, state)?;
     Ok(Merged { adapter, shortened })
+}
+
+/// One update a participant: who has several (late ones besides) has one say all the same, their mean, each weighted by its lateness,
+/// `1 / (1 + s)^power`. It counts as late as the least late of them. Sorted by participant and lateness, before and after.
+fn one_each(settings: &FederationSettings, updates: Vec<ClientUpdate>) -> Vec<ClientUpdate> {
+    let mut each: Vec<ClientUpdate> = Vec::with_capacity(updates.len());
+    let mut total = 0.0; // weight of the last one's updates so far
+    for update in updates {
+        let weight = (1.0 + f64::from(update.staleness)).powf(-settings.staleness_power);
+        match each.last_mut() {
+            Some(own) if own.client == update.client => {
+                total += weight;
+                let share = weight / total;
+                blend(&mut own.adapter, &update.adapter, share);
+                if let (Some(own), Some(other)) = (&mut own.fisher, &update.fisher) {
+                    blend(own, other, share);
+                }
+                own.samples = own.samples.max(update.samples);
+            }
+            _ => {
+                total = weight;
+                each.push(update);
+            }
+        }
+    }
+    each
+}
+
+/// Go from the one to the other by this share of the way.
+fn blend(own: &mut AdapterState, other: &AdapterState, share: f64) {
+    for (blob, other) in own.0.values_mut().zip(other.0.values()) {
+        for (value, other) in blob.data.iter_mut().zip(&other.data) {
+            let from = f64::from(*value);
+            *value = (from + share * (f64::from(*other) - from)) as f32;
+        }
+    }
 }
 
 fn aggregator(settings: &FederationSettings) -> Box<dyn Aggregator> {
@@ -240,6 +277,21 @@ pub(crate) mod tests {
         assert!(fault(Strategy::FedAvg, with(|u| u.adapter = adapters(2, 1, |_| 0.0))).contains("[2, 1]"));
         assert!(fault(Strategy::Local, good.clone()).contains("'local'"));
         assert_eq!(merged(&settings(Strategy::FedAvg), &global, &[]), Err(AggregateError::Empty));
+    }
+
+    #[test]
+    fn several_late_updates_are_one_say() {
+        let (global, settings) =
+            (scalars([0.0; 4]), FederationSettings { max_delta_norm: 0.0, ..settings(Strategy::Median) });
+        let near = |client| update(client, 1, [0.0; 4], [1.0; 4]);
+        let far = |staleness| ClientUpdate { staleness, ..update(3, 1, [100.0; 4], [1.0; 4]) };
+        let updates = [far(2), near(1), far(0), near(2), far(1)];
+        assert_eq!(merged(&settings, &global, &updates).unwrap().adapter, global);
+        // Weights 1 and 1/2 of values 3 and 0, and of Fisher values 0 and 3; as many samples as the largest of them.
+        let settings = FederationSettings { staleness_power: 1.0, ..settings };
+        let one = update(3, 5, [3.0; 4], [0.0; 4]);
+        let other = ClientUpdate { staleness: 1, ..update(3, 9, [0.0; 4], [3.0; 4]) };
+        assert_eq!(one_each(&settings, vec![one, other]), [update(3, 9, [2.0; 4], [1.0; 4])]);
     }
 
     #[test]

@@ -149,10 +149,12 @@ impl<'a, K: Clock, S: Keeper> Desk<'a, K, S> {
         other
     }
 
-    /// Where this participation was when it was kept. If nothing is kept of it, its secret is, from now on.
-    pub(super) async fn kept(&mut self) -> Option<RoundSnapshot> {
+    /// Where this participation was when it was kept. If nothing is kept of it, its secret is, from now on. One that the server does
+    /// not know (`resumed` is false) is new, whatever was kept: it may be another federation, of the same name and settings.
+    pub(super) async fn kept(&mut self, resumed: bool) -> Option<RoundSnapshot> {
         let bytes = self.keeper.kept().await;
-        let snapshot = bytes.as_deref().and_then(decode).filter(|s| self.binding.as_ref() == Some(&s.binding));
+        let own = |s: &Snapshot| resumed && self.binding.as_ref() == Some(&s.binding);
+        let snapshot = bytes.as_deref().and_then(decode).filter(own);
         if snapshot.is_none() {
             self.write(None).await;
         }

@@ -313,6 +313,7 @@ async fn take_part<T: Transport, O: Observer, K: Clock, S: Keeper>(
             }
             ServerMessage::Wait { round, .. } => {
                 work.hand_in_late(&agreed, round, link).await?;
+                link.progressed = true; // it may be others' turn in every round
                 link.observer.event(ClientEvent::Waiting { round });
             }
             ServerMessage::Finished { adapter } => {
@@ -351,7 +352,7 @@ async fn shake_hands<T: Transport, O: Observer, K: Clock, S: Keeper>(
                 .map_err(|faults| protocol(&format!("settings that cannot be used ({})", faults.join("; "))))?;
             if desk.bind(&token, &settings) || !resumed {
                 // Somebody new to this server, or new here: what was trained in memory belongs to another participation.
-                let kept = desk.kept().await;
+                let kept = desk.kept(resumed).await;
                 *work = Work { round: None, local: kept.as_ref().and_then(RoundSnapshot::local), kept };
             }
             me.hello.edge_bytes = 0; // reported once

@@ -222,6 +222,8 @@ impl FederationSettings {
         faults.need((0.0..0.5).contains(&self.trim), || {
             format!("trim is {}, it must be at least 0 and below 0.5: both ends are cut", self.trim)
         });
+        // A tab's numbers have 32 bits.
+        faults.whole("fisher_samples", self.fisher_samples, 0, u32::MAX as usize);
         faults.within("fisher_floor", self.fisher_floor, 0.0, 1.0);
         faults.within("fisher_power", self.fisher_power, 0.0, 1.0);
         faults.off_or_from_1("fisher_cap", self.fisher_cap);
@@ -310,7 +312,7 @@ mod tests {
     #[test]
     fn each_value_out_of_range_is_named() {
         type Change = fn(&mut FederationSettings);
-        let cases: [(&str, Change); 17] = [
+        let cases: [(&str, Change); 18] = [
             ("local_epochs", |s| s.local_epochs = 0),
             ("micro_batch", |s| s.micro_batch = 9),
             ("momentum", |s| s.momentum = 1.0),
@@ -318,6 +320,7 @@ mod tests {
             ("server_beta2", |s| s.server_beta2 = f64::NAN),
             ("server_tau", |s| s.server_tau = 0.0),
             ("trim", |s| s.trim = 0.5),
+            ("fisher_samples", |s| s.fisher_samples = usize::MAX),
             ("fisher_power", |s| s.fisher_power = 1.5),
             ("fisher_cap", |s| s.fisher_cap = 0.5),
             ("max_delta_norm", |s| s.max_delta_norm = f64::INFINITY),

@@ -130,9 +130,9 @@ impl Model {
         told.filter(|update| !self.accepted.contains(update)).collect()
     }
 
-    /// A merge was ordered with fewer updates than the round was meant to have.
-    pub fn closed_short(&self) -> bool {
-        self.stage == Stage::Closed && self.in_time.len() < self.target()
+    /// A merge of the round was ordered with fewer updates than it was meant to have.
+    fn was_closed(&self) -> bool {
+        self.saved.open.as_ref().is_some_and(|o| o.closed.is_some())
     }
 
     fn quorum(&self) -> usize {
@@ -208,12 +208,14 @@ impl Model {
         };
         self.in_time.clear();
         self.late.clear();
-        for (id, round) in saved.accepted {
-            let complete = self.stage == Stage::Open && self.in_time.len() >= self.target();
-            if self.stage == Stage::Open && !complete && round == self.round() {
+        let closed = saved.open.as_ref().and_then(|o| o.closed);
+        for (n, (id, round)) in saved.accepted.into_iter().enumerate() {
+            let full = closed.map_or(self.in_time.len() >= self.target(), |first| n >= first);
+            let full = self.stage == Stage::Open && full;
+            if self.stage == Stage::Open && !full && round == self.round() {
                 self.in_time.insert(id);
             } else {
-                self.late.push((id, round, self.saved.done + 1 + u32::from(complete)));
+                self.late.push((id, round, self.saved.done + 1 + u32::from(full)));
             }
         }
         self.stands()?;
@@ -311,7 +313,7 @@ impl Model {
     fn owed(&self) -> Option<&'static str> {
         let updates = self.in_time.len();
         match (self.stage, self.waited_for()) {
-            (Stage::Open, _) if updates >= self.target() => Some("merge"),
+            (Stage::Open, _) if updates >= self.target() || self.was_closed() => Some("merge"),
             (Stage::Open, 0) if updates >= self.quorum() => Some("merge"),
             (Stage::Open, 0) => Some("pause"),
             _ => None,
@@ -460,7 +462,7 @@ impl Model {
                 let (needed, asked) = self.sizes(n);
                 ensure!(to.len() == asked, "RULE: {} of {n} asked instead of {asked}", to.len());
                 ensure!(self.machine.target() == needed, "RULE: {} needed instead of {needed}", self.machine.target());
-                self.saved.open = Some(Open { round, target: needed, assigned: Vec::new() });
+                self.saved.open = Some(Open { round, target: needed, assigned: Vec::new(), closed: None });
                 (self.stage, self.since, self.paused) = (Stage::Open, self.now, false);
                 self.in_time.clear();
                 self.expected.clear();
@@ -502,7 +504,7 @@ impl Model {
     fn merge(&mut self, round: u32, from: &[(ParticipantId, u32)]) -> anyhow::Result<()> {
         ensure!(self.stage == Stage::Open && round == self.round(), "round {round} is merged out of order");
         let updates = self.in_time.len();
-        let ended = updates >= self.target() || self.overdue() || self.waited_for() == 0;
+        let ended = updates >= self.target() || self.overdue() || self.waited_for() == 0 || self.was_closed();
         ensure!(ended, "round {round} is merged while somebody is waited for");
         ensure!(updates >= self.quorum(), "round {round} is merged from {updates}");
         let in_time = self.in_time.iter().map(|id| (*id, round));
@@ -513,7 +515,11 @@ impl Model {
         self.late.retain(|l| l.2 > round);
         self.merging = accepted;
         self.stage = Stage::Closed;
-        self.saw(if self.closed_short() { "merge, short" } else { "merge" });
+        let short = self.in_time.len() < self.target();
+        if let Some(open) = self.saved.open.as_mut().filter(|_| short) {
+            open.closed = Some(self.merging.len());
+        }
+        self.saw(if short { "merge, short" } else { "merge" });
         Ok(())
     }
 

@@ -111,6 +111,27 @@ pub fn reload() -> anyhow::Result<()> {
     })
 }
 
+/// A server that does not know who comes back has another federation, be its settings the same: the round begins at its beginning.
+pub fn unknown() -> anyhow::Result<()> {
+    block(LIMIT, async {
+        let bench = Bench::of(8).await?;
+        let settings = FederationSettings { strategy: Strategy::FedAvg, rounds: 1, local_steps: 3, ..settings() };
+        for strange in [false, true] {
+            let (stage, mut notes) = (Stage::new(&bench, &settings), Notes::default());
+            stage.leave_after.set(Some(1));
+            let (left, before) = take_part(&bench, &stage, &mut notes).await?;
+            ensure!(left == Outcome::Left && before == [(1, 1)], "{left:?} after {before:?}");
+            stage.leave_after.set(None);
+            stage.strange.set(strange);
+            let (outcome, after) = take_part(&bench, &stage, &mut notes).await?;
+            let first = if strange { 1 } else { 2 };
+            let expected: Vec<_> = (first..=3).map(|step| (1, step)).collect();
+            ensure!(outcome != Outcome::Left && after == expected, "unknown: {strange}, then {after:?}");
+        }
+        Ok(())
+    })
+}
+
 /// A federation that goes on in mid-round: the round is left, or ended late where late updates are merged.
 pub fn late() -> anyhow::Result<()> {
     block(LIMIT, async {

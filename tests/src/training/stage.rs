@@ -30,6 +30,8 @@ pub(super) struct Stage<'a> {
     pub(super) leave_after: Cell<Option<usize>>,
     /// The federation goes on to the next round before it answers this training request.
     pub(super) hurry_at: Cell<Option<usize>>,
+    /// It knows nobody who comes.
+    pub(super) strange: Cell<bool>,
     pub(super) trained: RefCell<Vec<(u32, BoundaryRequest)>>,
     pub(super) evaluated: RefCell<Vec<BoundaryRequest>>,
     pub(super) updates: RefCell<Vec<Update>>,
@@ -47,6 +49,7 @@ impl<'a> Stage<'a> {
             round: Cell::new(1),
             leave_after: Cell::new(None),
             hurry_at: Cell::new(None),
+            strange: Cell::new(false),
             trained: RefCell::default(),
             evaluated: RefCell::default(),
             updates: RefCell::default(),
@@ -80,7 +83,7 @@ impl<'a> Stage<'a> {
             min_participants: 1,
         };
         let token = SessionToken("secret".into());
-        let returning = hello.resume.as_ref() == Some(&token);
+        let returning = !self.strange.get() && hello.resume.as_ref() == Some(&token);
         ServerMessage::Welcome {
             participant: ParticipantId(1),
             token,

@@ -47,6 +47,7 @@ pub struct Machine {
     late: Vec<Late>,
     past: BTreeMap<(ParticipantId, u32), bool>, // told to train in an earlier round -> the update was accepted
     restored: bool,                             // what follows from the saved state has not been done yet
+    closed: bool,                               // the round was closed with less than it needs, before a restart
 }
 
 impl Machine {
@@ -55,8 +56,8 @@ impl Machine {
     /// under way waits for those it has told to train, the next one for all, until they are back or their grace is over. A
     /// deadline begins anew.
     ///
-    /// A round that had all it needed is merged at the first step, from the same updates as before. One that was being evaluated
-    /// with fewer (deadline, people gone) waits again instead, and then what came late for it may still count in it.
+    /// A round that had all it needed is merged at the first step, from the same updates as before; so is one that was closed with
+    /// fewer (deadline, people gone), if [`Open::closed`] says so. What came after the closing came late.
     pub fn new(limits: Limits, saved: &Saved) -> Self {
         let done = saved.done;
         let open = saved.open.as_ref().filter(|o| done < limits.rounds && o.round == done + 1);
@@ -77,6 +78,7 @@ impl Machine {
             late: Vec::new(),
             past: saved.past.iter().map(|(id, round, counted)| ((*id, *round), *counted)).collect(),
             restored: true,
+            closed: false,
         };
         machine.forget(done);
         if let Some(open) = open {
@@ -84,15 +86,18 @@ impl Machine {
                 machine.members.entry(*id).or_default().assigned = true;
             }
         }
-        for (from, round) in &saved.accepted {
-            machine.count_again(*from, *round);
+        let closed = open.and_then(|o| o.closed);
+        for (n, (from, round)) in saved.accepted.iter().enumerate() {
+            let before = closed.map_or_else(|| !machine.complete(), |first| n < first);
+            machine.count_again(*from, *round, before);
         }
+        machine.closed = closed.is_some() && machine.updates() >= limits.quorum();
         machine
     }
 
-    /// An accepted update, in the order of acceptance: what came after the round had all it needed came late.
-    fn count_again(&mut self, from: ParticipantId, round: u32) {
-        let open = self.phase == Phase::Training && !self.complete();
+    /// An accepted update, in the order of acceptance: what came after the closing of the round under way came late.
+    fn count_again(&mut self, from: ParticipantId, round: u32, before_closing: bool) {
+        let open = self.phase == Phase::Training && before_closing;
         if open && round == self.round {
             let member = self.members.entry(from).or_default();
             (member.assigned, member.updated) = (true, true);
@@ -115,6 +120,11 @@ impl Machine {
     /// So many updates complete the current round (outside a round: the last one). Without sampling it grows with each newcomer.
     pub fn target(&self) -> usize {
         if self.limits.everybody() { self.members.values().filter(|m| m.assigned).count() } else { self.needed }
+    }
+
+    /// Are fewer updates in than complete the round? Where it is merged all the same, a restart must be told ([`Open::closed`]).
+    pub fn closed_short(&self) -> bool {
+        self.updates() < self.target()
     }
 
     /// Has this participant's update been counted in the current round (outside a round: in the last one)?
@@ -262,7 +272,7 @@ impl Machine {
     }
 
     fn complete(&self) -> bool {
-        self.updates() >= self.target().max(1)
+        self.closed || self.updates() >= self.target().max(1)
     }
 
     fn in_grace(&self, member: &Member, now: Millis) -> bool {
@@ -340,6 +350,7 @@ impl Machine {
         }
         self.round = self.round.saturating_add(1);
         self.phase = Phase::Training;
+        self.closed = false;
         self.started_at = now;
         let (needed, asked) = select::sizes(&self.limits, connected.len());
         let mut to = select::drawn(self.limits.seed, self.round, connected.iter().copied());

@@ -210,6 +210,8 @@ pub struct Open {
     pub target: usize,
     /// Everybody who was told to train in it.
     pub assigned: Vec<ParticipantId>,
+    /// It was closed with fewer updates than that: so many of [`Saved::accepted`], the first, are merged with it.
+    pub closed: Option<usize>,
 }
 
 /// What is on disk of the rounds: from this a machine goes on after a restart.

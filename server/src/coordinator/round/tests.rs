@@ -394,7 +394,7 @@ fn after_a_restart_the_wait_ends_with_the_grace_or_a_goodbye() {
 /// Round 1 of three, A's update accepted.
 fn half_done() -> Saved {
     Saved {
-        open: Some(Open { round: 1, target: 3, assigned: vec![A, B, C] }),
+        open: Some(Open { round: 1, target: 3, assigned: vec![A, B, C], closed: None }),
         accepted: vec![(A, 1)],
         ..saved(0, &[A, B, C])
     }
@@ -418,7 +418,7 @@ fn a_restart_of_a_complete_round_merges_the_same_updates_first() {
     let limits = Limits { rounds: 3, fraction: 0.5, over_selection: 0.5, max_staleness: 2, ..LIMITS };
     // C's update came when A's and B's had closed the round.
     let complete = Saved {
-        open: Some(Open { round: 1, target: 2, assigned: vec![A, B, C] }),
+        open: Some(Open { round: 1, target: 2, assigned: vec![A, B, C], closed: None }),
         accepted: vec![(B, 1), (A, 1), (C, 1)],
         ..saved(0, &[A, B, C, D])
     };
@@ -435,6 +435,29 @@ fn a_restart_of_a_complete_round_merges_the_same_updates_first() {
     m.step(3, up(asked[0], 2));
     let merged = m.step(3, up(asked[1], 2));
     assert!(matches!(&merged[1], Merge { round: 2, from } if from.contains(&(C, 1)) && from.len() == 3), "{merged:?}");
+}
+
+#[test]
+fn a_restart_of_a_round_that_was_closed_short_merges_the_same_updates_first() {
+    let limits = Limits { rounds: 3, max_staleness: 1, ..LIMITS };
+    // At the deadline there were A's update and B's late one of round 1; C's came when they were being evaluated.
+    let short = Saved {
+        open: Some(Open { round: 2, target: 3, assigned: vec![A, B, C], closed: Some(2) }),
+        accepted: vec![(A, 2), (B, 1), (C, 2)],
+        past: vec![(B, 1, true)],
+        ..saved(1, &[A, B, C])
+    };
+    let mut m = Machine::new(limits, &short);
+    assert_eq!(m.step(0, Tick), [merge(2, &[(A, 2), (B, 1)])]);
+    assert!(m.closed_short());
+    assert_eq!(m.step(1, up(C, 2)), [refuse(C, 2, Refusal::Counted)]);
+    assert_eq!(m.step(1, up(B, 2)), [AcceptLate { from: B, round: 2 }]);
+    for id in [A, B, C] {
+        m.step(2, Connected(id));
+    }
+    assert_eq!(m.step(3, Evaluated), [start(3, &[A, B, C])]);
+    m.step(4, up(A, 3));
+    assert_eq!(m.step(1004, Tick), [merge(3, &[(A, 3), (B, 2), (C, 2)])]);
 }
 
 #[test]
@@ -473,7 +496,7 @@ fn a_restart_while_paused_goes_on_when_people_are_there() {
 #[test]
 fn nonsense_on_disk_does_no_harm() {
     let odd = Saved {
-        open: Some(Open { round: 7, target: 0, assigned: vec![D] }),
+        open: Some(Open { round: 7, target: 0, assigned: vec![D], closed: None }),
         accepted: vec![(D, 9), (C, 0)],
         past: vec![(A, 9, true)],
         ..saved(0, &[A])
