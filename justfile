@@ -62,6 +62,10 @@ simulate *ARGS: build
 paper *ARGS: build
     @{{ fednano }} paper "$@"
 
+# The boundary measured: bytes, accuracy and times of every mode and format into docs/wire.md; --quick: all of it in a minute
+bench-wire *ARGS: build
+    @{{ fednano }} bench-wire "$@"
+
 # Fetch the easy-VQA data set (MIT licence) into data/easy-vqa
 easy-vqa:
     #!/usr/bin/env bash

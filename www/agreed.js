@@ -1,4 +1,5 @@
-// What was agreed at the handshake, in plain words. Pure: settings as in shared/src/settings.
+// What was agreed at the handshake, in plain words. Pure: settings as in shared/src/settings, and what this connection speaks as in
+// shared/src/wire/agreement.rs.
 
 const STRATEGIES = {
   local: 'nothing is merged: everybody trains alone, and no adapters leave a device',
@@ -15,6 +16,15 @@ const STRATEGIES = {
 };
 
 const ADAPTERS = { image: 'the one for pictures', text: 'the one for text', both: 'one for pictures, one for text' };
+
+/** How numbers are sent. */
+const FORMATS = { f32: 'exact', f16: 'in 16 bits', int8: 'in 8 bits' };
+
+const OVERLAPS = {
+  off: 'this device waits',
+  parts: 'this device prepares and sends the next part of the same step',
+  stale: 'this device goes on with the next samples, with adapters that are one step old',
+};
 
 const percent = (share) => `${Number((share * 100).toPrecision(3))} %`;
 const count = (n, one, many = `${one}s`) => `${n} ${n === 1 ? one : many}`;
@@ -54,8 +64,46 @@ function ending(s) {
   return `when the adapters that it needs are in, or after ${time(s.round_deadline_s)} with those of ${enough} or more; a lost connection is waited for ${time(s.grace_s)}; ${late}`;
 }
 
-/** [[what, words]] */
-export function agreedWords(s) {
+/** What this connection speaks; where that is not known (yet), what the settings ask for. */
+function spoken(s, agreement) {
+  return agreement ?? {
+    mode: s.boundary,
+    features: s.feature_format,
+    codes: s.code_format,
+    gradients: s.gradient_format,
+    matrices: s.matrix_format,
+    rounding: s.rounding,
+    deflate: s.compress,
+    overlap: s.overlap,
+  };
+}
+
+/** What goes to the server's language model in training and what comes back, each with its number format. */
+function boundary(a) {
+  const as = (format) => FORMATS[format] ?? format;
+  const plain = `at each step what the language model reads at every position (${as(a.codes)}); its gradients come back (${as(a.gradients)})`;
+  const short = `each picture's features once (${as(a.features)}) and words by their numbers in the vocabulary; then at each step a few numbers for every position (${as(a.codes)}) and the outer halves of the adapters (${as(a.matrices)}); the gradients of both come back (${as(a.gradients)} and ${as(a.matrices)})`;
+  if (a.mode === 'activations') return plain;
+  if (a.mode === 'low-rank') return short;
+  return `whichever is fewer bytes for your samples. Either ${plain}. Or ${short}`;
+}
+
+/** How numbers in fewer bits come about, if there are any. */
+function numbers(a) {
+  const formats = a.mode === 'activations' ? [a.codes, a.gradients] : [a.features, a.codes, a.gradients, a.matrices];
+  const words = [];
+  if (formats.some((format) => format !== 'f32')) {
+    words.push(a.rounding === 'stochastic' ? 'rounded up or down by lot, so that errors do not add up' : 'rounded to the nearest');
+  }
+  if (a.mode !== 'activations' && a.features !== 'f32') words.push('this device trains on the rounded features that it sent');
+  if (a.deflate) words.push('compressed where that makes them smaller');
+  return words.join('; ');
+}
+
+/** [[what, words]]; `agreement` is what this connection speaks, if that is known. */
+export function agreedWords(s, agreement = null) {
+  const over = spoken(s, agreement);
+  const rounding = numbers(over);
   const lines = [
     ['Merging', STRATEGIES[s.strategy] ?? s.strategy],
     ['Adapters', `${ADAPTERS[s.adapters] ?? s.adapters}; rank ${s.rank}`],
@@ -63,8 +111,11 @@ export function agreedWords(s) {
     ['Who trains in a round', people(s)],
     ['Training in a round', training(s)],
     ['Optimiser', optimiser(s)],
+    ['Sent in training', boundary(over)],
+    ['While the server computes', OVERLAPS[over.overlap] ?? over.overlap],
     ['A round ends', ending(s)],
   ];
+  if (rounding) lines.push(['Numbers', rounding]);
   if (s.local_test > 0) lines.push(['Your own test', `${percent(s.local_test)} of your samples are never trained on; with them this tab measures what adapters are worth to you`]);
   if (s.strategy === 'feddpa-f') lines.push(['Your own adapters', `after the last round, ${count(s.personal_epochs, 'pass', 'passes')} over your samples; they make up ${percent(s.personal_share)} of what you end with`]);
   return lines;

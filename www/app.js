@@ -13,7 +13,7 @@ const POLL = 3000;
 const live = new Live();
 const tab = new WorkerTab(hearWorker);
 const model = new ModelStep(tab);
-const page = { federation: '', joined: false, ready: false, broken: false, source: null, work: '', device: '', edgeBytes: 0, data: null, ask: null };
+const page = { federation: '', joined: false, ready: false, broken: false, source: null, work: '', device: '', edgeBytes: 0, download: null, data: null, ask: null };
 
 // ------------------------------------------------------------------------------------------------ federation
 
@@ -69,7 +69,8 @@ async function prepareDevice() {
   const choice = await chooseDevice(params.device);
   $('device-words').textContent = `${choice.words} Loading …`;
   const info = await model.load(choice.device);
-  page.edgeBytes = info.fetched;
+  page.edgeBytes = info.received;
+  page.download = info.download;
   const gflops = await tab.call('speed');
   $('device-words').textContent = `${choice.words} ${speedWords(gflops, info.pictureFlops)}`;
   page.device = deviceText(choice, gflops);
@@ -149,6 +150,7 @@ async function join() {
     name: $('name').value.trim() || 'tab',
     deviceText: page.device,
     edgeBytes: page.edgeBytes,
+    download: page.download,
     resume: saved?.token ?? null,
   };
   page.work = saved?.work ?? randomName();
@@ -177,13 +179,22 @@ async function join() {
   }
 }
 
+/** An event as it is noted: without secrets, and without what comes often and is long. */
+function noted(event) {
+  if (event.type === 'joined') return { ...event, token: undefined };
+  if (event.type === 'status') return { type: 'status', phase: event.status.phase, round: event.status.round };
+  if (event.type === 'traffic') return { type: 'traffic', traffic: event.traffic };
+  return event;
+}
+
 function hearClient(event) {
-  note(event.type === 'joined' ? { ...event, token: undefined } : event.type === 'status' ? { type: 'status', phase: event.status.phase, round: event.status.round } : event);
+  note(noted(event));
   if (event.type === 'joined') {
     sessionStorage.setItem(sessionKey(), JSON.stringify({ token: event.token, name: $('name').value.trim(), source: page.source, work: page.work }));
-    page.edgeBytes = 0; // the server has counted them
+    [page.edgeBytes, page.download] = [0, null]; // the server has counted them
   }
-  document.body.dataset.connection = event.type === 'lost' ? 'lost' : 'up';
+  // Bytes are also told when there is no connection any more.
+  if (event.type !== 'traffic') document.body.dataset.connection = event.type === 'lost' ? 'lost' : 'up';
   const state = live.hear(event);
   if (state) setState(state);
 }

@@ -1,4 +1,5 @@
 // The edge bundle: manifest, room, small files, pieces, in the worker. The wasm loader gets each piece in the manifest's order.
+import { download } from './fetching.js';
 import { fetchManifest } from './manifest.js';
 import { Opfs } from './opfs.js';
 import { MemorySource, StoredSource } from './sources.js';
@@ -81,7 +82,7 @@ async function room(manifest, tally, store) {
  * `say(event, data)` hears of room, download, waiting (for another tab), damaged and opening.
  */
 export async function loadBundle({ memory, open, say }) {
-  const { text, manifest, entries } = await fetchManifest();
+  const { text, bytes: manifestBytes, manifest, entries } = await fetchManifest();
   const tally = new Tally(entries, (progress) => say('download', progress));
   const verified = Boolean(globalThis.crypto?.subtle);
   const { store, why } = memory ? { store: null, why: 'the address says so (edge=memory)' } : await Opfs.open();
@@ -103,7 +104,8 @@ export async function loadBundle({ memory, open, say }) {
     }
     const tab = await loader.finish();
     await source.tidy().catch((e) => console.warn('old pieces stay', e)); // no reason to fail
-    const counts = { bytes: tally.all, fetched: tally.fetched, fromCache: tally.sum('cached'), pieces: pieces.length };
+    // What came over the network is `received`, and the server has counted it as `download`; `fetched` of it is the model itself.
+    const counts = { bytes: tally.all, fetched: tally.fetched, received: tally.fetched + manifestBytes, download, fromCache: tally.sum('cached'), pieces: pieces.length };
     return { tab, info: { model, ...counts, verified, edgeDtype, notKept: kept ? '' : why, pictureFlops: pictureFlops(files['config.json']) } };
   } catch (e) {
     try {

@@ -1,4 +1,10 @@
 // One file or piece over the network into a part: appended as it arrives, continued by Range requests after failures.
+import { randomName } from './work.js';
+
+/** Under this id the server counts what it sends; the tab names it again when it joins. */
+export const download = randomName();
+/** Not in the address, by which the browser's cache goes. */
+export const counted = { 'X-Download': download };
 
 /** Failures in a row, without at least WORTH bytes between them, before giving up. */
 const TRIES = 5;
@@ -69,7 +75,7 @@ async function request(entry, part, cache, signal, heard) {
   try {
     alive();
     const from = part.size;
-    const headers = from > 0 ? { Range: `bytes=${from}-`, 'If-Range': `"${entry.sha256}"` } : {};
+    const headers = from > 0 ? { ...counted, Range: `bytes=${from}-`, 'If-Range': `"${entry.sha256}"` } : counted;
     const response = await fetch(addressOf(entry), { cache, headers, signal: control.signal });
     begin(entry, part, response, heard);
     const reader = response.body.getReader();

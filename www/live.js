@@ -1,7 +1,8 @@
 // The live view of a federation: state line, round, charts, rounds so far, participants, bytes.
-import { $, bytes, make, setProgress } from './page.js';
+import { $, make, setProgress } from './page.js';
 import { agreedWords } from './agreed.js';
 import { accuracyChart, lossChart } from './charts.js';
+import { OwnCount, drawLedger, same } from './ledger.js';
 
 const KINDS = { tab: 'browser tab', native: 'program', simulated: 'simulated' };
 const PHASES = {
@@ -29,6 +30,7 @@ export class Live {
     this.losses = [];
     this.count = 0;
     this.me = null;
+    this.own = new OwnCount();
     this.status = null;
     this.settings = null;
     /** What is said while there is nothing to do. */
@@ -144,29 +146,20 @@ export class Live {
     return lacking === null ? `${next} when enough people are here.${kept}` : `${next} with ${lacking} more participant${lacking === 1 ? '' : 's'}.${kept}`;
   }
 
-  drawTraffic(traffic) {
-    if (!traffic) return;
-    const up = traffic.activations_up + traffic.updates_up + traffic.control_up;
-    const down = traffic.gradients_down + traffic.adapters_down + traffic.control_down + traffic.edge_down;
-    const lines = [
-      ['Sent: activations and answer tokens', traffic.activations_up],
-      ['Sent: adapters and their Fisher values', traffic.updates_up],
-      ['Sent: everything else', traffic.control_up],
-      ['Sent in all', up, 'total'],
-      ['Received: gradients and answers', traffic.gradients_down],
-      ['Received: merged adapters', traffic.adapters_down],
-      ['Received: model part for this device', traffic.edge_down],
-      ['Received: everything else', traffic.control_down],
-      ['Received in all', down, 'total'],
-    ];
-    $('traffic').replaceChildren(...lines.flatMap(([name, count, kind = '']) => [make('dt', name, kind), make('dd', bytes(count), kind)]));
+  /** The server's count beside this tab's own. */
+  drawTraffic(server) {
+    if (!server) return;
+    const over = ['finished', 'left'].includes(document.body.dataset.state);
+    const own = this.own.total();
+    window.fednano.traffic = { own, server, same: own !== null && same(own, server) }; // for tests
+    drawLedger(own, server, this.own.words(server, over));
   }
 
   /** What the server and this tab agreed on. */
-  setAgreed(settings) {
+  setAgreed(settings, agreement) {
     this.settings = settings;
     $('agreed').hidden = false;
-    $('agreed-words').replaceChildren(...agreedWords(settings).flatMap(([what, words]) => [make('dt', what), make('dd', words)]));
+    $('agreed-words').replaceChildren(...agreedWords(settings, agreement).flatMap(([what, words]) => [make('dt', what), make('dd', words)]));
   }
 
   /** "Round 2", or where it is after the last one, "Personal round"; `of` adds how many there are. */
@@ -190,9 +183,13 @@ export class Live {
   hear(event) {
     switch (event.type) {
       case 'joined':
+        if (this.me !== event.participant) {
+          this.own = new OwnCount();
+          if (event.resumed) this.own.lacks = 'this tab took part before the page was loaded, and has counted since then';
+        }
         this.me = event.participant;
         this.returned = event.resumed;
-        this.setAgreed(event.settings);
+        this.setAgreed(event.settings, event.agreement);
         this.wait(event.resumed ? 'Back with the server.' : 'Joined. Waiting for the round to begin.');
         return 'joined';
       case 'status':
@@ -226,7 +223,12 @@ export class Live {
       case 'notCounted':
         this.wait(`Your update of round ${event.round} was not counted: ${event.fault.cause}; ${event.fault.remedy}.`);
         return null;
+      case 'traffic':
+        this.own.set(event.traffic);
+        this.later();
+        return null;
       case 'lost':
+        this.own.lacks ||= 'a connection was lost, and what was on its way was counted by one end only';
         this.say(`The server is away (${event.cause}); trying again in ${Math.ceil(event.retryMs / 1000)} s.`);
         return null;
       default:

@@ -1,4 +1,5 @@
 // /edge/manifest.json: what the model's edge part consists of. Checked here, because all that follows relies on its sizes.
+import { counted } from './fetching.js';
 
 const HEX = /^[0-9a-f]{64}$/;
 const NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$/;
@@ -7,18 +8,23 @@ const FORMAT = 1;
 const LARGEST = { files: 256 * 2 ** 20, pieces: 2 ** 30 };
 const MOST = 1e5;
 
-/** {text, manifest, entries}; an entry is {kind: 'files' | 'pieces', name, sha256, bytes}, in the manifest's order, files first. */
+/**
+ * {text, bytes, manifest, entries}: `bytes` came over the network; an entry is {kind: 'files' | 'pieces', name, sha256, bytes}, in the
+ * manifest's order, files first.
+ */
 export async function fetchManifest() {
   const url = '/edge/manifest.json';
   let response;
-  let text;
+  let data;
   try {
-    response = await fetch(url, { cache: 'no-cache' });
-    text = await response.text();
+    // Always anew: what a cache answers, the server does not count.
+    response = await fetch(url, { cache: 'no-store', headers: counted });
+    data = await response.arrayBuffer();
   } catch (e) {
     throw new Error(`${url} could not be fetched (${e.message}); check that the server runs and reload`);
   }
   if (!response.ok) throw new Error(`${url} could not be fetched (HTTP ${response.status}); ask the operator which model the server holds`);
+  const text = new TextDecoder().decode(data);
   let manifest;
   try {
     manifest = JSON.parse(text);
@@ -28,7 +34,7 @@ export async function fetchManifest() {
   const fault = faultOf(manifest);
   if (fault) throw new Error(`${url} cannot be used: ${fault}; reload the page, and if it stays so ask the operator to update the server`);
   const entry = (kind) => (e, i) => ({ kind, name: e.name ?? `piece ${i + 1} of ${manifest.pieces.length}`, sha256: e.sha256, bytes: e.bytes });
-  return { text, manifest, entries: [...manifest.files.map(entry('files')), ...manifest.pieces.map(entry('pieces'))] };
+  return { text, bytes: data.byteLength, manifest, entries: [...manifest.files.map(entry('files')), ...manifest.pieces.map(entry('pieces'))] };
 }
 
 /** What is implausible, or ''. */

@@ -6,8 +6,9 @@ use crate::edge_bundle;
 use crate::held_out::HeldOut;
 use crate::http::{self, Site};
 use crate::llm_host::{self, LlmHandle, Order};
-use crate::session::Shared;
+use crate::session::{ModelSide, Shared};
 use crate::store::Store;
+use crate::text_table::TextTable;
 use anyhow::Context;
 use burn::tensor::TensorCreationOptions;
 use fednano_shared::bundle::EdgeDtype;
@@ -18,6 +19,7 @@ use fednano_shared::model::files::{ModelFiles, preprocess};
 use fednano_shared::probe::shard;
 use fednano_shared::settings::FederationSettings;
 use fednano_shared::step::FrozenLlm;
+use fednano_shared::wire::convert::Shapes;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
@@ -57,7 +59,12 @@ pub struct ServerSettings {
     pub evaluation_limit: usize,
     /// Which requests are computed when, and which share a batch.
     pub order: Order,
+    /// Bytes of participants' features that are kept for mode `low-rank`, of all together; what is dropped is asked for again.
+    pub feature_cache: usize,
 }
+
+/// A good [`ServerSettings::feature_cache`]: pictures of LLaVA-1.5-7B, 227 in f32 or 909 in 8 bits.
+pub const FEATURE_CACHE: usize = 2 << 30;
 
 /// First seed of demo scenes kept for evaluation; shards of participants use smaller ones.
 pub const HELD_OUT_SEED: u64 = 1 << 40;
@@ -99,6 +106,12 @@ impl App {
             edge_bundle::prepare(&settings.model, &files, settings.edge_dtype, &settings.data_dir, tell_each_tenth())?;
         // From the bundle, so that the server judges with the very features that clients compute.
         let edge = Arc::new(bundle.edge(device)?);
+        let model = ModelSide {
+            table: Arc::new(TextTable::read(&files)?),
+            shape: Shapes { dim: files.config.text.hidden, image_positions: files.config.image_tokens() },
+            feature_cache: settings.feature_cache,
+            lockstep: settings.order == Order::Lockstep,
+        };
         let autodiff = device.clone().autodiff();
         let llm = load_llm(&files.config, &files.weights, place.clone().with_device(autodiff.clone()))?;
         let llm = FrozenLlm::new(llm, &files.config.text, &autodiff);
@@ -129,7 +142,7 @@ impl App {
             };
             federations.insert(name, coordinator::start(founding, llm.clone(), held_out.clone(), store)?);
         }
-        let shared = Shared { federations, llm, shutdown };
+        let shared = Shared::new(federations, llm, shutdown, &model);
         let site = Site { shared, bundle, www: settings.www, sessions: TaskTracker::new() };
         Ok(Self { site: Arc::new(site), held_out })
     }

@@ -7,6 +7,7 @@ use burn::tensor::Device;
 use fednano_shared::bundle::assemble::BundleLoader;
 use fednano_shared::bundle::{Manifest, PieceEntry};
 use fednano_shared::edge::NanoEdge;
+use fednano_shared::wire::SessionToken;
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek};
@@ -24,18 +25,50 @@ const CONNECT: Duration = Duration::from_secs(30);
 /// A connection that is silent for so long is dead.
 const SILENCE: Duration = Duration::from_secs(60);
 
+/// What came over the network.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Downloaded {
+    /// Bytes of files and pieces.
+    pub pieces: u64,
+    /// Bytes of the manifest, which is fetched each time.
+    pub manifest: u64,
+    /// Under which the server has counted the same, for [`Hello::download`](fednano_shared::wire::Hello::download).
+    pub id: String,
+}
+
+impl Downloaded {
+    /// All of it, for [`Hello::edge_bytes`](fednano_shared::wire::Hello::edge_bytes).
+    pub const fn bytes(&self) -> u64 {
+        self.pieces.saturating_add(self.manifest)
+    }
+}
+
+/// [`download_edge`] for who is no participant: with the bytes of files and pieces downloaded.
+///
+/// # Errors
+/// As there.
+pub fn fetch_edge(invite: &Invite, device: &Device, cache_dir: Option<PathBuf>) -> anyhow::Result<(NanoEdge, u64)> {
+    download_edge(invite, device, cache_dir).map(|(edge, downloaded)| (edge, downloaded.pieces))
+}
+
 /// Fetch the client's half of the server's model and load it, one piece in memory at a time. What is in `cache_dir` (none:
-/// `fednano` in the user's cache) is not fetched again. Returns it with the bytes of files and pieces downloaded.
+/// `fednano` in the user's cache) is not fetched again.
 ///
 /// # Errors
 /// No server, a full disk, or what stays damaged, by its hash.
-pub fn fetch_edge(invite: &Invite, device: &Device, cache_dir: Option<PathBuf>) -> anyhow::Result<(NanoEdge, u64)> {
+pub fn download_edge(
+    invite: &Invite,
+    device: &Device,
+    cache_dir: Option<PathBuf>,
+) -> anyhow::Result<(NanoEdge, Downloaded)> {
     let folder = cache_dir.map_or_else(user_cache, Ok)?.join("pieces");
     std::fs::create_dir_all(&folder).with_context(|| {
         format!("cannot create {}; set XDG_CACHE_HOME to a folder that can be written", folder.display())
     })?;
     let config = Agent::config_builder().timeout_connect(Some(CONNECT)).timeout_per_read(Some(SILENCE)).build();
-    let mut source = Source { agent: Agent::new_with_config(config), base: &invite.base, folder, downloaded: 0 };
+    let id = SessionToken::made_up().map_err(anyhow::Error::msg)?.0; // as unlikely to be another's
+    let downloaded = Downloaded { pieces: 0, manifest: 0, id };
+    let mut source = Source { agent: Agent::new_with_config(config), base: &invite.base, folder, downloaded };
     let manifest = source.manifest()?;
     let bytes = manifest.files.iter().map(|f| f.bytes).chain(manifest.pieces.iter().map(|p| p.bytes)).sum::<u64>();
     tracing::info!("{} for this machine: {:.1} MB in {}", manifest.model, bytes as f64 / 1e6, manifest.edge_dtype);
@@ -69,17 +102,24 @@ struct Source<'a> {
     agent: Agent,
     base: &'a Url,
     folder: PathBuf,
-    downloaded: u64,
+    downloaded: Downloaded,
 }
 
 impl Source<'_> {
-    fn manifest(&self) -> anyhow::Result<Manifest> {
+    /// A request that the server counts. Compressed bytes could not be continued, nor compared with the server's count.
+    fn get(&self, url: &Url) -> ureq::RequestBuilder<ureq::typestate::WithoutBody> {
+        let id = self.downloaded.id.as_str();
+        self.agent.get(url.as_str()).header("Accept-Encoding", "identity").header("X-Download", id)
+    }
+
+    fn manifest(&mut self) -> anyhow::Result<Manifest> {
         let url = self.base.join("edge/manifest.json")?;
-        let response = self.agent.get(url.as_str()).call();
+        let response = self.get(&url).call();
         let mut response =
             response.with_context(|| format!("cannot fetch {url}; is the server running, and the link right?"))?;
         let json = response.body_mut().with_config().limit(LARGEST_MANIFEST).read_to_vec();
         let json = json.with_context(|| format!("{url} broke off; try again"))?;
+        self.downloaded.manifest += json.len() as u64;
         Manifest::from_json(&json).with_context(|| format!("{url} cannot be used; is that a FedNano server?"))
     }
 
@@ -151,8 +191,7 @@ impl Source<'_> {
         again: bool,
         file: &mut File,
     ) -> anyhow::Result<()> {
-        // Compressed bytes could not be continued.
-        let mut request = self.agent.get(url.as_str()).header("Accept-Encoding", "identity");
+        let mut request = self.get(url);
         if had > 0 {
             request = request.header("Range", format!("bytes={had}-"));
             request = request.header("If-Range", format!("\"{}\"", entry.sha256));
@@ -179,7 +218,7 @@ impl Source<'_> {
             anyhow::ensure!(status == 200, "the server answered HTTP {status} to a request for bytes from {had}");
         }
         let copied = std::io::copy(&mut response.body_mut().as_reader().take(entry.bytes - from), file);
-        self.downloaded += file.metadata()?.len() - from;
+        self.downloaded.pieces += file.metadata()?.len() - from;
         copied?;
         Ok(())
     }

@@ -18,7 +18,7 @@ pub struct HeldOut {
     pub cache: FeatureCache,
     /// Samples used after each round.
     pub rows: Vec<usize>,
-    /// Where adapters are applied.
+    /// Where adapters are applied; without autodiff.
     pub device: burn::tensor::Device,
 }
 
@@ -33,7 +33,7 @@ impl HeldOut {
         rows: &[usize],
         llm: &LlmHandle,
     ) -> Result<Evaluation, String> {
-        let adapters = adapter.map(|a| NanoAdapters::from_state(a, &self.device.clone().autodiff()));
+        let adapters = adapter.map(|a| NanoAdapters::from_state(a, &self.device));
         let mut boundary = llm.clone();
         let run = step::evaluate(
             &self.edge,

@@ -1,18 +1,29 @@
-//! Routes: the page, edge weights, status, the WebSocket. The only file that knows axum.
+//! Routes: the page, edge weights, status, figures, the WebSocket. The only file that knows axum.
+//!
+//! | module | what |
+//! | --- | --- |
+//! | `downloads` | whose download of edge weights has come how far |
+//! | `metrics` | figures for Prometheus |
+
+mod downloads;
+mod metrics;
 
 use crate::edge_bundle::Bundle;
 use crate::session::{self, Shared, SignsOfLife, SocketFault};
+use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
 use axum::extract::{Path, Request, State};
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::http::{Extensions, HeaderMap, HeaderValue, StatusCode, Uri, Version, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use axum::{Json, Router};
+use axum::{Extension, Json, Router};
+use downloads::Downloads;
 use fednano_shared::bundle::sha256_hex;
 use fednano_shared::wire;
-use futures_util::{SinkExt, StreamExt};
+use futures_util::{SinkExt, StreamExt, TryStreamExt};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use tokio_util::task::TaskTracker;
 use tower_http::compression::CompressionLayer;
 use tower_http::compression::predicate::{DefaultPredicate, NotForContentType, Predicate};
@@ -53,21 +64,29 @@ pub async fn serve_with(
     signs: SignsOfLife,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> std::io::Result<()> {
-    axum::serve(listener, router(site, signs)).with_graceful_shutdown(shutdown).await
+    let downloads = Arc::new(Downloads::default());
+    for federation in site.shared.federations.values() {
+        let downloads = downloads.clone();
+        federation.count_downloads(Arc::new(move |id: &str| downloads.claim(id)));
+    }
+    axum::serve(listener, router(site, downloads, signs)).with_graceful_shutdown(shutdown).await
 }
 
-fn router(site: Arc<Site>, signs: SignsOfLife) -> Router {
+fn router(site: Arc<Site>, downloads: Arc<Downloads>, signs: SignsOfLife) -> Router {
     // The wasm is compressed once, by the build.
     let page = ServeDir::new(&site.www).append_index_html_on_directories(true).precompressed_gzip();
     // Weights hardly shrink, in f16 as well as quantised.
     let worth_compressing = DefaultPredicate::new()
         .and(NotForContentType::const_new("application/octet-stream"))
-        .and(NotForContentType::const_new("application/wasm"));
+        .and(NotForContentType::const_new("application/wasm"))
+        .and(not_counted);
     let header = |name, value| SetResponseHeaderLayer::if_not_present(name, HeaderValue::from_static(value));
     Router::new()
         .route("/ws", get(move |state: State<Arc<Site>>, upgrade: WebSocketUpgrade| websocket(state, upgrade, signs)))
         .route("/api/federations", get(federations))
         .route("/api/federations/{name}", get(federation))
+        .route("/api/federations/{name}/ledger", get(ledger))
+        .route("/metrics", get(figures))
         .route("/edge/manifest.json", get(manifest))
         .route("/edge/pieces/{sha256}", get(piece))
         .route("/edge/files/{sha256}", get(file))
@@ -79,6 +98,7 @@ fn router(site: Arc<Site>, signs: SignsOfLife) -> Router {
         // Cross-origin isolation: precise timers and, later, threads.
         .layer(header(header::HeaderName::from_static("cross-origin-opener-policy"), "same-origin"))
         .layer(header(header::HeaderName::from_static("cross-origin-embedder-policy"), "require-corp"))
+        .layer(Extension(downloads))
         .with_state(site)
 }
 
@@ -89,36 +109,121 @@ async fn federations(State(site): State<Arc<Site>>) -> Response {
 async fn federation(State(site): State<Arc<Site>>, Path(name): Path<String>) -> Response {
     match site.shared.federations.get(&name) {
         Some(f) => Json(f.status()).into_response(),
+        None => unknown(&site, &name),
+    }
+}
+
+/// Every byte, by participant, round, direction and kind.
+async fn ledger(State(site): State<Arc<Site>>, Path(name): Path<String>) -> Response {
+    let Some(f) = site.shared.federations.get(&name) else { return unknown(&site, &name) };
+    match f.ledger().await {
+        Some(ledger) => Json(ledger).into_response(),
         None => {
-            let known: Vec<_> = site.shared.federations.keys().collect();
-            let body = serde_json::json!({"code": "unknown_federation", "cause": format!("there is no federation '{name}' here"),
-                "remedy": format!("check the invite link; this server has: {known:?}")});
-            (StatusCode::NOT_FOUND, Json(body)).into_response()
+            let body = serde_json::json!({"code": "server", "cause": format!("the federation '{name}' has ended"),
+                "remedy": "ask the operator to start the server again; what was counted is kept"});
+            (StatusCode::SERVICE_UNAVAILABLE, Json(body)).into_response()
         }
     }
 }
 
-async fn manifest(State(site): State<Arc<Site>>, headers: HeaderMap) -> Response {
+fn unknown(site: &Site, name: &str) -> Response {
+    let known: Vec<_> = site.shared.federations.keys().collect();
+    let body = serde_json::json!({"code": "unknown_federation", "cause": format!("there is no federation '{name}' here"),
+        "remedy": format!("check the invite link; this server has: {known:?}")});
+    (StatusCode::NOT_FOUND, Json(body)).into_response()
+}
+
+/// For Prometheus. A federation that has ended is left out.
+async fn figures(State(site): State<Arc<Site>>) -> Response {
+    let mut all = Vec::new();
+    for f in site.shared.federations.values() {
+        if let Some(ledger) = f.ledger().await {
+            all.push(metrics::Figures { status: f.status(), total: ledger.total, rounds: ledger.rounds });
+        }
+    }
+    match metrics::text(&all) {
+        Ok(text) => ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response(),
+        Err(e) => {
+            let words = format!("the figures cannot be written: {e}; tell the developers of this program");
+            (StatusCode::INTERNAL_SERVER_ERROR, words).into_response()
+        }
+    }
+}
+
+async fn manifest(
+    State(site): State<Arc<Site>>,
+    Extension(downloads): Extension<Arc<Downloads>>,
+    uri: Uri,
+    headers: HeaderMap,
+) -> Response {
     let tag = format!("\"{}\"", sha256_hex(&site.bundle.manifest_json));
     if has_already(&headers, &tag) {
         return (StatusCode::NOT_MODIFIED, [(header::ETAG, tag)]).into_response();
     }
+    let count = download_id(&uri, &headers).and_then(|id| downloads.of(id));
     let headers = [(header::CONTENT_TYPE, "application/json".to_owned()), (header::ETAG, tag)];
-    (headers, site.bundle.manifest_json.clone()).into_response()
+    counted((headers, site.bundle.manifest_json.clone()).into_response(), count)
 }
 
-async fn piece(State(site): State<Arc<Site>>, Path(sha256): Path<String>, request: Request) -> Response {
+async fn piece(
+    State(site): State<Arc<Site>>,
+    Extension(downloads): Extension<Arc<Downloads>>,
+    Path(sha256): Path<String>,
+    request: Request,
+) -> Response {
     let known = site.bundle.manifest.pieces.iter().any(|p| p.sha256 == sha256);
-    content(&site, known, &sha256, "application/octet-stream", request).await
+    content(&site, &downloads, known, &sha256, "application/octet-stream", request).await
 }
 
-async fn file(State(site): State<Arc<Site>>, Path(sha256): Path<String>, request: Request) -> Response {
+async fn file(
+    State(site): State<Arc<Site>>,
+    Extension(downloads): Extension<Arc<Downloads>>,
+    Path(sha256): Path<String>,
+    request: Request,
+) -> Response {
     let known = site.bundle.manifest.files.iter().any(|f| f.sha256 == sha256);
-    content(&site, known, &sha256, "application/json", request).await
+    content(&site, &downloads, known, &sha256, "application/json", request).await
+}
+
+/// The id of a download: `?download=ID`, or the header `x-download`. An address with an id is of no use to a browser's cache.
+fn download_id<'a>(uri: &'a Uri, headers: &'a HeaderMap) -> Option<&'a str> {
+    let named = uri.query().and_then(|query| query.split('&').find_map(|pair| pair.strip_prefix("download=")));
+    named.or_else(|| headers.get("x-download").and_then(|value| value.to_str().ok()))
+}
+
+/// On a response whose bytes are counted: the client must see as many as the server.
+#[derive(Debug, Clone, Copy)]
+struct Counted;
+
+fn not_counted(_: StatusCode, _: Version, _: &HeaderMap, extensions: &Extensions) -> bool {
+    extensions.get::<Counted>().is_none()
+}
+
+/// The same response; the bytes of its body are counted as they go to the socket.
+fn counted(mut response: Response, count: Option<Arc<AtomicU64>>) -> Response {
+    let Some(count) = count else { return response };
+    // A stream does not know its length.
+    if let Some(length) = response.body().size_hint().exact() {
+        response.headers_mut().entry(header::CONTENT_LENGTH).or_insert_with(|| HeaderValue::from(length));
+    }
+    response.extensions_mut().insert(Counted);
+    response.map(|body| {
+        let add = move |bytes: &Bytes| {
+            count.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        };
+        Body::from_stream(body.into_data_stream().inspect_ok(add))
+    })
 }
 
 /// Bytes named by their hash: whoever has them may keep them for good. Ranges and streaming are tower-http's.
-async fn content(site: &Site, known: bool, sha256: &str, kind: &'static str, mut request: Request) -> Response {
+async fn content(
+    site: &Site,
+    downloads: &Downloads,
+    known: bool,
+    sha256: &str,
+    kind: &'static str,
+    mut request: Request,
+) -> Response {
     if !known {
         let words = format!("there is no '{sha256}' here, perhaps the model has changed; see /edge/manifest.json");
         return (StatusCode::NOT_FOUND, words).into_response();
@@ -132,6 +237,7 @@ async fn content(site: &Site, known: bool, sha256: &str, kind: &'static str, mut
     if has_already(request.headers(), &tag) {
         return (StatusCode::NOT_MODIFIED, headers).into_response();
     }
+    let count = download_id(request.uri(), request.headers()).and_then(|id| downloads.of(id));
     // Whoever holds the beginning of something else gets all of this.
     if request.headers().get(header::IF_RANGE).is_some_and(|t| t.as_bytes() != tag.as_bytes()) {
         request.headers_mut().remove(header::RANGE);
@@ -140,7 +246,7 @@ async fn content(site: &Site, known: bool, sha256: &str, kind: &'static str, mut
     request.headers_mut().remove(header::IF_MODIFIED_SINCE);
     request.headers_mut().remove(header::IF_UNMODIFIED_SINCE);
     match ServeFile::new(site.bundle.folder.join(sha256)).try_call(request).await {
-        Ok(found) if found.status().is_success() => (headers, found).into_response(),
+        Ok(found) if found.status().is_success() => counted((headers, found).into_response(), count),
         Ok(other) => other.into_response(),
         Err(e) => {
             let words = format!("{sha256} cannot be read: {e}; ask the operator to start the server again");

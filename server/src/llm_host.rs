@@ -5,16 +5,24 @@
 //! for whom says the [`Order`]. One that is too large at once is computed in parts, by rows, with the same result.
 
 mod lockstep;
+mod parts;
 
+use fednano_shared::boundary::{BoundaryReply, BoundaryRequest, EvaluationReply, Place};
+use fednano_shared::edge::Batch;
 use fednano_shared::generate::{GenerateError, GenerateRequest, Generations, NextToken};
-use fednano_shared::plain::{BoundaryReply, BoundaryRequest, EvaluationReply, Target, TensorBlob};
 use fednano_shared::step::{BoundaryError, FrozenLlm, LlmBoundary};
+use fednano_shared::wire::agreement::BoundaryMode;
 use fednano_shared::wire::{Fault, FaultCode, ParticipantId};
 use lockstep::{Expected, Member, Schedule, Work};
+use parts::{Whole, cut, parts};
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{mpsc, oneshot};
+use tracing::Span;
+
+/// Target of the spans that show where a step's time goes.
+const STEP: &str = "fednano::step";
 
 /// Requests waiting; when full, senders wait too (each session has few under way, so this bounds memory).
 const QUEUE: usize = 64;
@@ -28,7 +36,7 @@ const TEXTS_BYTES: usize = 4 << 30;
 /// How much is computed at once. Scores and logits are far larger than what came over the wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bounds {
-    /// Rows times squared positions: the scores of one head.
+    /// Rows times squared positions of the longest: the scores of one head.
     pub attention: usize,
     /// Targets times vocabulary: the logits.
     pub logits: usize,
@@ -59,6 +67,15 @@ enum Job {
 struct Queued {
     member: Option<Member>,
     job: Job,
+    /// Open as long as the job waits.
+    _span: Span,
+}
+
+impl Queued {
+    /// Something that nobody waits for.
+    fn unasked(job: Job) -> Self {
+        Self { member: None, job, _span: Span::none() }
+    }
 }
 
 /// Which requests are computed when, and which share a batch. Float sums depend on the batch.
@@ -82,6 +99,8 @@ pub struct LlmHandle {
     order: Order,
     expected: Arc<Mutex<Expected>>,
     member: Option<Member>,
+    /// Replies of requests that went through the door of [`LlmBoundary`].
+    replies: VecDeque<BoundaryReply>,
 }
 
 /// Start the thread; it ends when the last handle is gone.
@@ -103,13 +122,13 @@ pub fn start_with(llm: FrozenLlm, order: Order, bounds: Bounds) -> std::io::Resu
     let schedule = Schedule::new(order, expected.clone(), room);
     let host = Host { llm, room };
     std::thread::Builder::new().name("llm".into()).spawn(move || host.serve(queue, schedule))?;
-    Ok(LlmHandle { jobs, order, expected, member: None })
+    Ok(LlmHandle { jobs, order, expected, member: None, replies: VecDeque::new() })
 }
 
 impl LlmHandle {
     /// A handle whose requests are this member's, of this round. Those of the plain handle are nobody's: they wait for nobody.
     pub fn of(&self, member: Option<ParticipantId>, round: u32) -> Self {
-        Self { member: member.map(|id| Member { id, round }), ..self.clone() }
+        Self { member: member.map(|id| Member { id, round }), replies: VecDeque::new(), ..self.clone() }
     }
 
     /// In lockstep: these will send requests of this round until they are released. Say it before they can.
@@ -134,7 +153,7 @@ impl LlmHandle {
             // No panic can leave this map half changed.
             change(&mut self.expected.lock().unwrap_or_else(PoisonError::into_inner));
             // Where the queue is full, the thread looks all the same: it takes all of it before it decides.
-            drop(self.jobs.try_send(Queued { member: None, job: Job::Look }));
+            drop(self.jobs.try_send(Queued::unasked(Job::Look)));
         }
     }
 
@@ -170,24 +189,35 @@ impl LlmHandle {
     /// A session's text is over.
     pub async fn forget(&self, session: u64) {
         // A host that has ended holds nothing.
-        drop(self.jobs.send(Queued { member: None, job: Job::Forget(session) }).await);
+        drop(self.jobs.send(Queued::unasked(Job::Forget(session))).await);
     }
 
     async fn ask<R>(&self, job: impl FnOnce(oneshot::Sender<Result<R, Fault>>) -> Job) -> Result<R, Fault> {
         let (sender, receiver) = oneshot::channel();
         let gone = || server_fault("the LLM's thread has ended");
-        self.jobs.send(Queued { member: self.member, job: job(sender) }).await.map_err(|_| gone())?;
+        let span = tracing::info_span!(target: STEP, "queue");
+        self.jobs.send(Queued { member: self.member, job: job(sender), _span: span }).await.map_err(|_| gone())?;
         receiver.await.map_err(|_| gone())?
     }
 }
 
-/// The server's own evaluation goes through the same door as its clients.
+/// The server's own evaluation goes through the same door as its clients. The batch is in this process, so `h` goes whole.
 impl LlmBoundary for LlmHandle {
-    async fn train(&mut self, request: BoundaryRequest) -> Result<BoundaryReply, BoundaryError> {
-        LlmHandle::train(self, request).await.map_err(|f| BoundaryError::Refused(f.to_string()))
+    fn mode(&self) -> BoundaryMode {
+        BoundaryMode::Activations
     }
 
-    async fn evaluate(&mut self, request: BoundaryRequest) -> Result<EvaluationReply, BoundaryError> {
+    async fn send(&mut self, request: BoundaryRequest, _: &Batch, _: Place) -> Result<(), BoundaryError> {
+        let reply = self.train(request).await.map_err(|f| BoundaryError::Refused(f.to_string()))?;
+        self.replies.push_back(reply);
+        Ok(())
+    }
+
+    async fn reply(&mut self) -> Result<BoundaryReply, BoundaryError> {
+        self.replies.pop_front().ok_or_else(|| BoundaryError::Failed("no request is under way".into()))
+    }
+
+    async fn evaluate(&mut self, request: BoundaryRequest, _: &Batch) -> Result<EvaluationReply, BoundaryError> {
         LlmHandle::evaluate(self, request).await.map_err(|f| BoundaryError::Refused(f.to_string()))
     }
 }
@@ -226,25 +256,29 @@ impl Room {
 /// Move waiting training requests of like length into the group, as long as all of it can be computed at once. None of
 /// them has been checked yet.
 fn take_alike(group: &mut Vec<TrainJob>, waiting: &mut VecDeque<Queued>, room: Room) {
-    let seq = |r: &BoundaryRequest| r.hidden.shape.get(1).copied().unwrap_or(0);
-    let first = &group[0].0;
-    let (mut rows, mut targets, mut longest) = (first.lengths.len(), first.targets.len(), seq(first));
+    let Some((first, _)) = group.first() else { return };
+    let (mut rows, mut targets) = (first.positions.rows(), first.targets.len());
+    let mut longest = first.positions.longest();
     let (low, high) = (longest.saturating_mul(4) / 5, longest.saturating_mul(5) / 4);
     let mut rest = VecDeque::new();
     while let Some(queued) = waiting.pop_front() {
-        match queued.job {
-            Job::Train(r, reply)
-                if (low..=high).contains(&seq(&r))
-                    && rows + r.lengths.len() <= MERGED_ROWS
-                    && room.holds(rows + r.lengths.len(), longest.max(seq(&r)), targets + r.targets.len())
+        match queued {
+            Queued { job: Job::Train(r, reply), .. }
+                if (low..=high).contains(&r.positions.longest())
+                    && rows + r.positions.rows() <= MERGED_ROWS
+                    && room.holds(
+                        rows + r.positions.rows(),
+                        longest.max(r.positions.longest()),
+                        targets + r.targets.len(),
+                    )
                     && !reply.is_closed() =>
             {
-                rows += r.lengths.len();
+                rows += r.positions.rows();
                 targets += r.targets.len();
-                longest = longest.max(seq(&r));
+                longest = longest.max(r.positions.longest());
                 group.push((r, reply));
             }
-            job => rest.push_back(Queued { member: queued.member, job }),
+            other => rest.push_back(other),
         }
     }
     *waiting = rest;
@@ -278,7 +312,9 @@ impl Host {
                     drop(reply.send(result));
                 }
                 Work::Other(Job::Generate(session, request, reply)) => {
-                    let result = block_on(texts.next(&self.llm, session, &request)).map_err(|e| match e {
+                    let next = tracing::info_span!(target: STEP, "llm", what = "generate")
+                        .in_scope(|| block_on(texts.next(&self.llm, session, &request)));
+                    let result = next.map_err(|e| match e {
                         GenerateError::Device(e) => server_fault(&e.to_string()),
                         GenerateError::Request(e) => invalid(e.to_string()),
                         GenerateError::Forgotten { .. } => Fault {
@@ -327,53 +363,46 @@ impl Host {
     }
 
     fn train_at_once(&self, requests: &[&BoundaryRequest]) -> Result<Vec<BoundaryReply>, Fault> {
-        block_on(self.llm.train(requests)).map_err(|e| server_fault(&e.to_string()))
+        let rows: usize = requests.iter().map(|r| r.positions.rows()).sum();
+        let positions: usize = requests.iter().map(|r| r.positions.total()).sum();
+        tracing::info_span!(target: STEP, "llm", what = "train", requests = requests.len(), rows, positions)
+            .in_scope(|| block_on(self.llm.train(requests)))
+            .map_err(|e| server_fault(&e.to_string()))
     }
 
-    /// A request in parts, put together as if it had been computed at once: the loss is the mean over all targets, so each
-    /// part counts by its share of them. Ends early when nobody waits for it any more.
+    fn evaluate_at_once(&self, request: &BoundaryRequest) -> Result<EvaluationReply, Fault> {
+        let (rows, positions) = (request.positions.rows(), request.positions.total());
+        tracing::info_span!(target: STEP, "llm", what = "evaluate", requests = 1, rows, positions)
+            .in_scope(|| block_on(self.llm.evaluate(request)))
+            .map_err(|e| server_fault(&e.to_string()))
+    }
+
+    /// A request in parts, put together as if it had been computed at once. Ends early when nobody waits for it any more.
     fn train_parts(
         &self,
         request: &BoundaryRequest,
         parts: Vec<Range<usize>>,
         awaited: impl Fn() -> bool,
     ) -> Result<BoundaryReply, Fault> {
-        let gradient = Vec::with_capacity(request.hidden.data.len());
-        let mut whole = BoundaryReply {
-            loss: 0.0,
-            row_loss: Vec::with_capacity(request.lengths.len()),
-            gradient: TensorBlob { shape: request.hidden.shape.clone(), data: gradient },
-        };
-        let mut loss = 0.0;
+        let mut whole = Whole::new(request);
         for rows in parts {
             let part = cut(request, &rows);
-            if part.targets.is_empty() {
-                // Nothing is asked of these rows: they have neither loss nor gradient.
-                whole.row_loss.resize(rows.end, 0.0);
-                whole.gradient.data.resize(whole.gradient.data.len() + part.hidden.data.len(), 0.0);
-                continue;
-            }
-            if !awaited() {
+            if !part.targets.is_empty() && !awaited() {
                 return Err(nobody_waits());
             }
-            let share = part.targets.len() as f32 / request.targets.len() as f32;
             for reply in self.train_at_once(&[&part])? {
-                loss += f64::from(reply.loss) * f64::from(share);
-                whole.row_loss.extend(reply.row_loss);
-                whole.gradient.data.extend(reply.gradient.data.iter().map(|g| g * share));
+                whole.add(&part, reply);
             }
         }
-        whole.loss = loss as f32;
-        Ok(whole)
+        Ok(whole.reply())
     }
 
     /// Forward only, in as many parts as it takes.
     fn evaluate(&self, request: &BoundaryRequest, awaited: impl Fn() -> bool) -> Result<EvaluationReply, Fault> {
         self.llm.check(request).map_err(|e| invalid(e.to_string()))?;
-        let at_once = |r: &BoundaryRequest| block_on(self.llm.evaluate(r)).map_err(|e| server_fault(&e.to_string()));
         let parts = self.parts(request)?;
         if parts.len() == 1 {
-            return at_once(request);
+            return self.evaluate_at_once(request);
         }
         let mut whole = EvaluationReply { nll: Vec::new(), predicted: Vec::new() };
         for rows in parts {
@@ -381,7 +410,7 @@ impl Host {
                 return Err(nobody_waits());
             }
             // Targets are sorted by row, so those of the parts follow one another.
-            let reply = at_once(&cut(request, &rows))?;
+            let reply = self.evaluate_at_once(&cut(request, &rows))?;
             whole.nll.extend(reply.nll);
             whole.predicted.extend(reply.predicted);
         }
@@ -397,92 +426,7 @@ fn nobody_waits() -> Fault {
     server_fault("nobody waits for this request any more")
 }
 
-/// The rows of a sound request as few ranges, each small enough to be computed at once.
-fn parts(request: &BoundaryRequest, vocab: usize, bounds: Bounds) -> Result<Vec<Range<usize>>, Fault> {
-    let positions = request.hidden.shape.get(1).copied().unwrap_or(0);
-    let (mut parts, mut first, mut held) = (Vec::new(), 0, 0);
-    for (row, targets) in request.target_counts().into_iter().enumerate() {
-        let targets = targets as usize;
-        if !bounds.hold(1, positions, targets, vocab) {
-            return Err(Fault {
-                code: FaultCode::Invalid,
-                cause: format!("row {row} of {positions} positions and {targets} targets is too large for this server"),
-                remedy: "shorten the question or the answer".into(),
-            });
-        }
-        if row > first && !bounds.hold(row + 1 - first, positions, held + targets, vocab) {
-            parts.push(first..row);
-            (first, held) = (row, 0);
-        }
-        held += targets;
-    }
-    parts.push(first..request.lengths.len());
-    Ok(parts)
-}
-
-/// Some rows of a sound request as one of their own.
-fn cut(request: &BoundaryRequest, rows: &Range<usize>) -> BoundaryRequest {
-    let mut shape = request.hidden.shape.clone();
-    let values = request.hidden.data.len() / request.lengths.len().max(1); // of a row
-    if let Some(batch) = shape.first_mut() {
-        *batch = rows.len();
-    }
-    let own = request.targets.iter().filter(|t| rows.contains(&(t.row as usize)));
-    BoundaryRequest {
-        hidden: TensorBlob { shape, data: request.hidden.data[rows.start * values..rows.end * values].to_vec() },
-        lengths: request.lengths[rows.clone()].to_vec(),
-        targets: own.map(|t| Target { row: t.row - rows.start as u32, ..*t }).collect(),
-    }
-}
-
 /// Native device reads are ready at once; nothing here needs a reactor.
 fn block_on<F: std::future::Future>(future: F) -> F::Output {
     futures_executor::block_on(future)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Rows of 3 positions, 2 wide, with so many targets each.
-    fn request(targets: &[u32]) -> BoundaryRequest {
-        let rows = targets.len();
-        let of = |row: usize| (0..targets[row]).map(move |position| Target { row: row as u32, position, token: 5 });
-        BoundaryRequest {
-            hidden: TensorBlob { shape: vec![rows, 3, 2], data: (0..rows * 6).map(|i| i as f32).collect() },
-            lengths: vec![3; rows],
-            targets: (0..rows).flat_map(of).collect(),
-        }
-    }
-
-    fn bounds(rows: usize, targets: usize) -> Bounds {
-        Bounds { attention: rows * 9, logits: targets * 10 }
-    }
-
-    #[test]
-    fn parts_are_as_large_as_the_bounds_allow() {
-        let ranges = |targets: &[u32], b: Bounds| parts(&request(targets), 10, b).unwrap();
-        let whole = ranges(&[1, 2, 3], Bounds::default());
-        assert!(whole.len() == 1 && whole[0] == (0..3), "{whole:?}");
-        assert_eq!(ranges(&[1, 1, 1, 1, 1], bounds(2, 9)), [0..2, 2..4, 4..5]);
-        assert_eq!(ranges(&[2, 0, 1, 3, 1, 2], bounds(9, 3)), [0..3, 3..4, 4..6]);
-        assert_eq!(ranges(&[2, 0, 1, 3, 1, 2], bounds(2, 3)), [0..2, 2..3, 3..4, 4..6]);
-    }
-
-    #[test]
-    fn a_row_that_is_too_large_is_named() {
-        let fault = |targets: &[u32], b: Bounds| parts(&request(targets), 10, b).unwrap_err().to_string();
-        assert!(fault(&[1, 3], bounds(1, 2)).contains("row 1 of 3 positions and 3 targets"));
-        assert!(fault(&[1], Bounds { attention: 8, ..bounds(1, 1) }).contains("shorten"));
-    }
-
-    #[test]
-    fn a_part_is_a_sound_request() {
-        let part = cut(&request(&[1, 2, 3]), &(1..3));
-        part.check(2, 10, 3).unwrap();
-        assert_eq!(part.hidden.data[0], 6.0);
-        assert_eq!(part.target_counts(), [2, 3]);
-        // Shapes that nobody has checked yet, as the merging of requests sees them.
-        assert!(!Bounds::default().hold(usize::MAX, usize::MAX, usize::MAX, usize::MAX));
-    }
 }

@@ -1,7 +1,8 @@
 //! The `fednano` binary: parse, then run one subcommand.
 
 use clap::Parser;
-use fednano_server::commands;
+use fednano_server::{commands, tracing_setup};
+use std::path::Path;
 
 /// Tensor work allocates and frees megabytes all the time; glibc gives such blocks back to the system each time.
 #[global_allocator]
@@ -26,6 +27,7 @@ enum Command {
     Ask(commands::ask::Args),
     Check(commands::check::Args),
     Bench(commands::bench::Args),
+    BenchWire(commands::bench_wire::Args),
     Fetch(commands::fetch::Args),
     Account(commands::account::Args),
     RandomModel(commands::random_model::Args),
@@ -34,14 +36,25 @@ enum Command {
     Eval(commands::eval::Args),
 }
 
+impl Command {
+    /// File for a timeline of every step.
+    fn trace(&self) -> Option<&Path> {
+        match self {
+            Self::Serve(args) => args.trace.as_deref(),
+            Self::Join(args) => args.trace.as_deref(),
+            Self::Simulate(args) => args.trace.as_deref(),
+            _ => None,
+        }
+    }
+}
+
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let command = Cli::parse().command;
     // Hundreds of federations have much to say.
-    let quiet = matches!(command, Command::Simulate(_) | Command::Paper(_));
+    let quiet = matches!(command, Command::Simulate(_) | Command::Paper(_) | Command::BenchWire(_));
     let usual = if quiet { "fednano_server=warn" } else { "fednano_server=info" };
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| usual.into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    let _trace = tracing_setup::start(usual, command.trace())?; // the timeline's file is complete when it is dropped
     match command {
         Command::Serve(args) => commands::serve::main(&args).await,
         Command::Join(args) => commands::join::main(&args).await,
@@ -51,6 +64,7 @@ async fn main() -> anyhow::Result<()> {
         Command::Ask(args) => commands::ask::main(&args).await,
         Command::Check(args) => tokio::task::spawn_blocking(move || commands::check::main(&args)).await?,
         Command::Bench(args) => tokio::task::spawn_blocking(move || commands::bench::main(&args)).await?,
+        Command::BenchWire(args) => commands::bench_wire::main(&args).await,
         Command::Fetch(args) => tokio::task::spawn_blocking(move || commands::fetch::main(&args)).await?,
         Command::Account(args) => commands::account::main(&args),
         Command::RandomModel(args) => tokio::task::spawn_blocking(move || commands::random_model::main(&args)).await?,

@@ -6,13 +6,15 @@ use anyhow::Context;
 use fednano_shared::client::{ClientEvent, Clock, Connector, Observer, Transport, TransportError};
 use fednano_shared::wire::{MAX_FRAME, check_outgoing};
 use futures_channel::mpsc;
+use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{Sink, SinkExt, Stream, StreamExt};
-use std::pin::Pin;
+use std::collections::VecDeque;
+use std::pin::{Pin, pin};
 use std::sync::OnceLock;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
-use tokio_tungstenite::tungstenite::{Message, protocol::WebSocketConfig};
+use tokio_tungstenite::tungstenite::{self, Message, protocol::WebSocketConfig};
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
 use tokio_util::sync::CancellationToken;
 use url::Url;
@@ -71,9 +73,16 @@ impl SocketConnector {
     }
 }
 
+type Whole = WebSocketStream<MaybeTlsStream<TcpStream>>;
+/// What a socket brings; none: its end.
+type Brought = Option<Result<Message, tungstenite::Error>>;
+
 /// A native WebSocket.
 pub struct Socket {
-    stream: WebSocketStream<MaybeTlsStream<TcpStream>>,
+    sink: SplitSink<Whole, Message>,
+    stream: SplitStream<Whole>,
+    /// What came while something was sent.
+    held: VecDeque<Brought>,
     leave: CancellationToken,
     silence: Duration,
 }
@@ -84,6 +93,8 @@ const SILENCE: Duration = Duration::from_secs(90);
 const CONNECT_LIMIT: Duration = Duration::from_secs(15);
 /// A frame must be gone after this: a server that is busy takes no more for a while, one that is gone never does.
 const SEND_LIMIT: Duration = Duration::from_secs(600);
+/// Frames that are held while one is sent; when there are so many, the other side waits until they are asked for.
+const HELD: usize = 64;
 
 impl Connector for SocketConnector {
     type Transport = Socket;
@@ -99,7 +110,11 @@ impl Connector for SocketConnector {
             connected = tokio::time::timeout(CONNECT_LIMIT, connecting) => connected,
         };
         let cause = match connected {
-            Ok(Ok((stream, _))) => return Ok(Socket { stream, leave: self.leave.clone(), silence: self.silence }),
+            Ok(Ok((whole, _))) => {
+                let (sink, stream) = whole.split();
+                let (held, leave) = (VecDeque::new(), self.leave.clone());
+                return Ok(Socket { sink, stream, held, leave, silence: self.silence });
+            }
             Ok(Err(e)) => e.to_string(),
             Err(_) => format!("the server took none within {} s", CONNECT_LIMIT.as_secs()),
         };
@@ -107,25 +122,19 @@ impl Connector for SocketConnector {
     }
 }
 
-impl Transport for Socket {
-    async fn send(&mut self, frame: Vec<u8>) -> Result<(), TransportError> {
-        // The server would close the connection, which says less.
-        check_outgoing(&frame).map_err(|e| TransportError::Lost(e.to_string()))?;
-        match tokio::time::timeout(SEND_LIMIT, self.stream.send(Message::Binary(frame.into()))).await {
-            Ok(sent) => sent.map_err(|e| TransportError::Lost(format!("the connection broke: {e}"))),
-            Err(_) => Err(TransportError::Lost("the server has taken nothing for ten minutes".into())),
-        }
-    }
-
-    async fn receive(&mut self) -> Result<Vec<u8>, TransportError> {
+impl Socket {
+    /// The next frame; `limit` is for each word from the server, a sign of life included.
+    async fn frame(&mut self, limit: Duration) -> Result<Vec<u8>, TransportError> {
         loop {
-            let next = tokio::select! {
-                () = self.leave.cancelled() => return Err(TransportError::Left),
-                next = tokio::time::timeout(self.silence, self.stream.next()) => next,
-            };
-            let Ok(next) = next else {
-                let seconds = self.silence.as_secs_f64();
-                return Err(TransportError::Lost(format!("the server has been silent for {seconds} s")));
+            let next = match self.held.pop_front() {
+                Some(next) => next,
+                None => match tokio::time::timeout(limit, self.stream.next()).await {
+                    Ok(next) => next,
+                    Err(_) => {
+                        let seconds = limit.as_secs_f64();
+                        return Err(TransportError::Lost(format!("the server has been silent for {seconds} s")));
+                    }
+                },
             };
             match next {
                 Some(Ok(Message::Binary(bytes))) => return Ok(bytes.into()),
@@ -136,6 +145,45 @@ impl Transport for Socket {
                 Some(Err(e)) => return Err(TransportError::Lost(format!("the connection broke: {e}"))),
             }
         }
+    }
+}
+
+/// Nothing comes after it.
+fn is_last(brought: &Brought) -> bool {
+    matches!(brought, None | Some(Err(_) | Ok(Message::Close(_))))
+}
+
+impl Transport for Socket {
+    /// Listens meanwhile: of two sides that send large frames to each other and do not listen, each would wait for the other.
+    async fn send(&mut self, frame: Vec<u8>) -> Result<(), TransportError> {
+        // The server would close the connection, which says less.
+        check_outgoing(&frame).map_err(|e| TransportError::Lost(e.to_string()))?;
+        let Self { sink, stream, held, .. } = self;
+        let mut sending = pin!(tokio::time::timeout(SEND_LIMIT, sink.send(Message::Binary(frame.into()))));
+        loop {
+            let listens = held.len() < HELD && !held.back().is_some_and(is_last);
+            tokio::select! {
+                biased;
+                sent = &mut sending => return match sent {
+                    Ok(sent) => sent.map_err(|e| TransportError::Lost(format!("the connection broke: {e}"))),
+                    Err(_) => Err(TransportError::Lost("the server has taken nothing for ten minutes".into())),
+                },
+                next = stream.next(), if listens => held.push_back(next),
+            }
+        }
+    }
+
+    async fn receive(&mut self) -> Result<Vec<u8>, TransportError> {
+        let (leave, silence) = (self.leave.clone(), self.silence);
+        tokio::select! {
+            biased;
+            () = leave.cancelled() => Err(TransportError::Left),
+            frame = self.frame(silence) => frame,
+        }
+    }
+
+    async fn last(&mut self, limit: Duration) -> Result<Vec<u8>, TransportError> {
+        self.frame(limit).await
     }
 }
 
@@ -152,12 +200,15 @@ pub struct ServerEnd {
 pub struct ClientEnd {
     incoming: mpsc::Receiver<Vec<u8>>,
     outgoing: mpsc::Sender<Vec<u8>>,
+    /// What came while something was sent.
+    held: VecDeque<Vec<u8>>,
 }
 
 /// A pair of connected ends.
 pub fn channel() -> (ServerEnd, ClientEnd) {
     let ((up, server_in), (down, client_in)) = (mpsc::channel(CHANNEL), mpsc::channel(CHANNEL));
-    (ServerEnd { incoming: server_in, outgoing: down }, ClientEnd { incoming: client_in, outgoing: up })
+    let client = ClientEnd { incoming: client_in, outgoing: up, held: VecDeque::new() };
+    (ServerEnd { incoming: server_in, outgoing: down }, client)
 }
 
 impl Stream for ServerEnd {
@@ -187,11 +238,23 @@ impl Sink<Vec<u8>> for ServerEnd {
 }
 
 impl Transport for ClientEnd {
+    /// Listens meanwhile, as [`Socket`] does.
     async fn send(&mut self, frame: Vec<u8>) -> Result<(), TransportError> {
-        self.outgoing.send(frame).await.map_err(|_| TransportError::Lost("the session ended".into()))
+        let Self { incoming, outgoing, held } = self;
+        let mut sending = pin!(outgoing.send(frame));
+        loop {
+            tokio::select! {
+                biased;
+                sent = &mut sending => return sent.map_err(|_| TransportError::Lost("the session ended".into())),
+                Some(next) = incoming.next(), if held.len() < HELD => held.push_back(next),
+            }
+        }
     }
 
     async fn receive(&mut self) -> Result<Vec<u8>, TransportError> {
+        if let Some(frame) = self.held.pop_front() {
+            return Ok(frame);
+        }
         self.incoming.next().await.ok_or_else(|| TransportError::Lost("the session ended".into()))
     }
 }
@@ -230,8 +293,9 @@ impl Observer for Lines {
     fn event(&mut self, event: ClientEvent<'_>) {
         let who = &self.0;
         match event {
-            ClientEvent::Joined { participant, resumed, .. } => {
-                println!("[{who}] {} as participant {}", if resumed { "back" } else { "joined" }, participant.0);
+            ClientEvent::Joined { participant, resumed, agreement, .. } => {
+                let (how, mode) = (if resumed { "back" } else { "joined" }, agreement.mode);
+                println!("[{who}] {how} as participant {}, boundary: {mode}", participant.0);
             }
             ClientEvent::Round { round, from_step, steps, .. } => {
                 println!("[{who}] round {round}: {steps} steps, from step {from_step}")
@@ -252,7 +316,42 @@ impl Observer for Lines {
             ClientEvent::Lost { cause, retry_in } => {
                 println!("[{who}] {cause}; trying again in {:.1} s", retry_in.as_secs_f64())
             }
-            ClientEvent::Step { .. } | ClientEvent::Fisher { .. } | ClientEvent::Status(_) => {}
+            ClientEvent::Step { .. }
+            | ClientEvent::Fisher { .. }
+            | ClientEvent::Status(_)
+            | ClientEvent::Traffic { .. } => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn whoever_sends_listens_too() {
+        let (mut server, mut client) = channel();
+        let frame = |i: usize| vec![i as u8];
+        const MANY: usize = 3 * CHANNEL;
+        let up = async {
+            for i in 0..MANY {
+                client.send(frame(i)).await.unwrap();
+            }
+            for i in 0..MANY {
+                assert_eq!(client.receive().await, Ok(frame(i)));
+            }
+        };
+        let down = async {
+            for i in 0..MANY {
+                server.send(frame(i)).await.unwrap();
+            }
+            for i in 0..MANY {
+                assert_eq!(server.next().await.unwrap().unwrap(), frame(i));
+            }
+        };
+        let both = async { tokio::join!(up, down) };
+        tokio::time::timeout(Duration::from_secs(60), both).await.expect("each waits for the other");
+        drop(server);
+        assert!(matches!(client.last(Duration::from_secs(1)).await, Err(TransportError::Lost(_))));
     }
 }

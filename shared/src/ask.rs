@@ -1,9 +1,12 @@
 //! Using a federation's model without taking part in rounds: a connection that only asks.
 
+use crate::boundary::{BoundaryReply, BoundaryRequest, EvaluationReply, Place};
 use crate::client::{ClientError, ClientEvent, Interruption, LEFT, Link, Observer, Remote, Transport, name};
+use crate::edge::Batch;
 use crate::generate::{GenerateRequest, NextToken, TokenSource};
-use crate::plain::{BoundaryReply, BoundaryRequest, EvaluationReply};
-use crate::step::{BoundaryError, LlmBoundary};
+use crate::settings::Overlap;
+use crate::step::{BoundaryError, LlmBoundary, WINDOW};
+use crate::wire::agreement::{Agreement, BoundaryMode};
 use crate::wire::{ClientMessage, Hello, ServerMessage};
 
 /// A connection that only asks: a boundary for questions, tests and comparisons.
@@ -33,26 +36,50 @@ impl<T: Transport> Asking<T> {
         };
         link.send(&ClientMessage::Hello(hello)).await.map_err(failed)?;
         match link.receive().await.map_err(failed)? {
-            ServerMessage::Welcome { .. } => Ok(Self { link }),
+            ServerMessage::Welcome { settings, agreement, .. } => {
+                link.agree(agreement, settings.seed);
+                Ok(Self { link })
+            }
             ServerMessage::Refused(fault) | ServerMessage::Closing(fault) => Err(ClientError::Refused(fault)),
             other => Err(ClientError::Protocol(format!("{} instead of a welcome", name(&other)))),
         }
     }
+
+    /// What is spoken: batches must be made of features in its format.
+    pub fn agreement(&self) -> &Agreement {
+        &self.link.agreement
+    }
+
+    fn boundary(&mut self) -> Remote<'_, 'static, T, Silent> {
+        Remote::new(&mut self.link, 0, 0)
+    }
 }
 
 impl<T: Transport> LlmBoundary for Asking<T> {
-    async fn train(&mut self, request: BoundaryRequest) -> Result<BoundaryReply, BoundaryError> {
-        Remote::new(&mut self.link, 0, 0).train(request).await
+    fn mode(&self) -> BoundaryMode {
+        self.link.agreement.mode
     }
 
-    async fn evaluate(&mut self, request: BoundaryRequest) -> Result<EvaluationReply, BoundaryError> {
-        Remote::new(&mut self.link, 0, 0).evaluate(request).await
+    async fn send(&mut self, request: BoundaryRequest, batch: &Batch, place: Place) -> Result<(), BoundaryError> {
+        self.boundary().send(request, batch, place).await
+    }
+
+    async fn reply(&mut self) -> Result<BoundaryReply, BoundaryError> {
+        self.boundary().reply().await
+    }
+
+    async fn evaluate(&mut self, request: BoundaryRequest, batch: &Batch) -> Result<EvaluationReply, BoundaryError> {
+        self.boundary().evaluate(request, batch).await
+    }
+
+    fn window(&self) -> usize {
+        if self.link.agreement.overlap == Overlap::Off { 1 } else { WINDOW }
     }
 }
 
 impl<T: Transport> TokenSource for Asking<T> {
     async fn next(&mut self, request: GenerateRequest) -> Result<NextToken, BoundaryError> {
-        Remote::new(&mut self.link, 0, 0).next(request).await
+        self.boundary().next(request).await
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! [`NanoAdapters`]: crate::model::adapter::NanoAdapters
 
+use crate::boundary::{Positions, Target};
 use crate::bundle::table::TokenTable;
 use crate::config::ModelConfig;
 use crate::data::dataset::Dataset;
@@ -10,7 +11,9 @@ use crate::data::text::{Encoded, TextCodec, TextError};
 use crate::model::adapter::{DeviceError, read};
 use crate::model::checkpoint::{CheckpointError, EdgeParts, load_edge};
 use crate::model::{clip::VisionTower, files::ModelFiles, projector::Projector};
-use crate::plain::{Target, TensorBlob};
+use crate::plain::TensorBlob;
+use crate::wire::agreement::TableForm;
+use crate::wire::numbers::{Coder, Format, NumbersError, Packed, PictureKey};
 use burn::tensor::{Device, Tensor, TensorData};
 use std::sync::Arc;
 
@@ -39,17 +42,30 @@ pub enum EdgeError {
     /// The device.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// Features that are not finite, or damaged.
+    #[error("the features of a picture cannot be used: {0}")]
+    Numbers(#[from] NumbersError),
+    /// Image tokens without their features.
+    #[error("a picture has {found} feature values, the model takes {expected}; encode it with this very model")]
+    Features {
+        /// Values found.
+        found: usize,
+        /// Values needed.
+        expected: usize,
+    },
 }
 
 /// A data set with frozen features, computed once.
+#[derive(Debug, Clone)]
 pub struct FeatureCache {
-    /// Image features of each picture, `P * D` values; caches of several participants in one process may share them.
-    pub pictures: Vec<Arc<[f32]>>,
+    /// Image features; caches of several participants in one process may share them.
+    pub pictures: Vec<Arc<PictureFeatures>>,
     /// Tokenized samples.
     pub samples: Vec<CachedSample>,
 }
 
 /// One sample: which picture, which tokens.
+#[derive(Debug, Clone, PartialEq)]
 pub struct CachedSample {
     /// Index into [`FeatureCache::pictures`]; none: text alone.
     pub picture: Option<usize>,
@@ -57,17 +73,88 @@ pub struct CachedSample {
     pub encoded: Encoded,
 }
 
-/// Features of a batch, ready for the adapters; all on the host.
+/// Image features of a picture as they are sent: what both ends compute with.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PictureFeatures {
+    /// By which the server knows them.
+    pub key: PictureKey,
+    /// `[P, D]`
+    pub packed: Packed,
+    values: usize,
+}
+
+/// What the features are called in errors.
+const FEATURES: &str = "features";
+
+impl PictureFeatures {
+    /// Features of `width` values a position, not deflated.
+    pub fn new(packed: Packed, width: usize) -> Self {
+        let bytes = packed.bytes.len();
+        let values = match packed.format {
+            Format::F32 => bytes / 4,
+            // One byte more is the exponent that all values share.
+            Format::F16 => bytes / 2,
+            // Each row has a scale of 2 bytes.
+            Format::Int8 => bytes / (width + 2) * width,
+        };
+        Self { key: PictureKey::of(&packed), packed, values }
+    }
+
+    /// How many values there are, `P * D`.
+    pub fn count(&self) -> usize {
+        self.values
+    }
+
+    /// Decode all values, `[P, D]`.
+    ///
+    /// # Errors
+    /// Features of another width or number, or damaged ones.
+    pub fn values(&self, dim: usize, out: &mut [f32]) -> Result<(), NumbersError> {
+        self.packed.unpack_into(FEATURES, out, dim)
+    }
+}
+
+impl FeatureCache {
+    /// What the server will have: the same samples with their pictures in this format, rounded to the nearest. Cheap where they are
+    /// in it already.
+    ///
+    /// # Errors
+    /// Features that are not finite, or damaged.
+    pub fn in_format(&self, format: Format, dim: usize) -> Result<FeatureCache, NumbersError> {
+        let coder = Coder { format, ..Coder::EXACT };
+        let convert = |picture: &Arc<PictureFeatures>| -> Result<Arc<PictureFeatures>, NumbersError> {
+            if picture.packed.format == format {
+                return Ok(picture.clone());
+            }
+            let mut values = vec![0.0; picture.count()];
+            picture.values(dim, &mut values)?;
+            Ok(Arc::new(PictureFeatures::new(coder.pack(FEATURES, &values, dim)?, dim)))
+        };
+        let pictures = self.pictures.iter().map(convert).collect::<Result<_, NumbersError>>()?;
+        Ok(FeatureCache { pictures, samples: self.samples.clone() })
+    }
+}
+
+/// Features of a batch, ready for the adapters; all on the host. Rows lie one after the other, without padding: T positions in all.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Batch {
-    /// `x`: `[B, S, D]`, right-padded with zeros.
-    pub x: TensorBlob,
-    /// `[B, S, 1]`, 1 at image positions; rows of text alone have none.
-    pub image_mask: TensorBlob,
-    /// Real length of each row.
-    pub lengths: Vec<u32>,
-    /// Answer tokens (with `</s>`) of all rows.
+    /// `x`: `[T, D]`.
+    pub x: Arc<TensorBlob>,
+    /// Where rows and pictures lie.
+    pub positions: Positions,
+    /// Answer tokens (with `</s>`) of all rows, sorted by row and position.
     pub targets: Vec<Target>,
+    /// From what `x` was put together, row by row: enough to send it in short.
+    pub rows: Vec<BatchRow>,
+}
+
+/// From what a row of `x` was put together.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BatchRow {
+    /// Ids of all positions, placeholders at image positions.
+    pub ids: Vec<u32>,
+    /// The picture at the image positions, where it is one that can be sent.
+    pub picture: Option<Arc<PictureFeatures>>,
 }
 
 /// Pictures encoded in one pass of the vision tower.
@@ -136,57 +223,122 @@ impl NanoEdge {
         }
         let mut pictures = Vec::with_capacity(data.pictures.len());
         for group in data.pictures.chunks(PICTURES_AT_ONCE) {
-            let features = self.image_features(&group.iter().collect::<Vec<_>>()).await?;
-            pictures.extend(features.into_iter().map(Arc::from));
+            pictures.extend(self.picture_features(&group.iter().collect::<Vec<_>>()).await?);
             progress(pictures.len(), data.pictures.len());
         }
         Ok(FeatureCache { pictures, samples })
     }
 
-    /// Assemble `x` for some samples.
-    pub fn batch(&self, cache: &FeatureCache, rows: &[usize]) -> Batch {
-        let rows: Vec<(&Encoded, &[f32])> = rows
-            .iter()
-            .map(|&r| {
-                let s = &cache.samples[r];
-                (&s.encoded, s.picture.map(|p| &*cache.pictures[p]).unwrap_or_default())
-            })
-            .collect();
-        self.assemble(&rows)
+    /// Image features of pictures as a [`FeatureCache`] holds them, exact.
+    ///
+    /// # Errors
+    /// As [`Self::image_features`], and features that are not finite.
+    pub async fn picture_features(&self, pictures: &[&Picture]) -> Result<Vec<Arc<PictureFeatures>>, EdgeError> {
+        let width = self.config.text.hidden;
+        let pack = |values: Vec<f32>| -> Result<Arc<PictureFeatures>, EdgeError> {
+            let packed = Coder::EXACT.pack(FEATURES, &values, width)?;
+            Ok(Arc::new(PictureFeatures::new(packed, width)))
+        };
+        self.image_features(pictures).await?.into_iter().map(pack).collect()
+    }
+
+    /// Assemble `x` for some samples of a cache.
+    ///
+    /// # Errors
+    /// Features of another model, or damaged ones.
+    pub fn batch(&self, cache: &FeatureCache, rows: &[usize]) -> Result<Batch, EdgeError> {
+        let width = self.config.text.hidden;
+        let of = |sample: &CachedSample| sample.picture.map(|picture| cache.pictures[picture].clone());
+        let pictures: Vec<Option<Arc<PictureFeatures>>> = rows.iter().map(|&r| of(&cache.samples[r])).collect();
+        let encoded = rows.iter().map(|&r| &cache.samples[r].encoded);
+        let mut batch = self.pack_rows(encoded, |row, out| {
+            let picture = pictures.get(row).and_then(Option::as_ref);
+            match picture.filter(|picture| picture.count() == out.len()) {
+                Some(picture) => Ok(picture.values(width, out)?),
+                None => Err(EdgeError::Features { found: picture.map_or(0, |p| p.count()), expected: out.len() }),
+            }
+        })?;
+        for ((row, image), picture) in batch.rows.iter_mut().zip(&batch.positions.images).zip(pictures) {
+            row.picture = picture.filter(|_| !image.is_empty());
+        }
+        Ok(batch)
     }
 
     /// Assemble `x` from tokens and image features (`P * D` values; none for a row without picture); targets are whatever follows
-    /// each prompt.
-    pub fn assemble(&self, rows: &[(&Encoded, &[f32])]) -> Batch {
+    /// each prompt. Its pictures are nobody's: such a batch is for decoding and comparisons, it cannot be sent in short.
+    ///
+    /// # Errors
+    /// Features of another model.
+    pub fn assemble(&self, rows: &[(&Encoded, &[f32])]) -> Result<Batch, EdgeError> {
+        self.pack_rows(rows.iter().map(|(encoded, _)| *encoded), |row, out| {
+            let features = rows.get(row).map(|(_, features)| *features).unwrap_or_default();
+            if features.len() != out.len() {
+                return Err(EdgeError::Features { found: features.len(), expected: out.len() });
+            }
+            out.copy_from_slice(features);
+            Ok(())
+        })
+    }
+
+    /// Rows one after the other; `features(row, out)` writes those of a row that has image tokens.
+    fn pack_rows<'a>(
+        &self,
+        rows: impl Iterator<Item = &'a Encoded>,
+        mut features: impl FnMut(usize, &mut [f32]) -> Result<(), EdgeError>,
+    ) -> Result<Batch, EdgeError> {
         let (d, p) = (self.config.text.hidden, self.config.image_tokens());
-        let seq = rows.iter().map(|(e, _)| e.ids.len()).max().unwrap_or(0);
-        let mut x = TensorBlob::zeros(&[rows.len(), seq, d]);
-        let mut image_mask = TensorBlob::zeros(&[rows.len(), seq, 1]);
-        let mut targets = Vec::new();
-        for (row, (encoded, features)) in rows.iter().enumerate() {
-            for (position, &id) in encoded.ids.iter().enumerate() {
-                let at = (row * seq + position) * d;
-                self.token_table.row_into(id as usize, &mut x.data[at..at + d]);
+        let (mut values, mut positions, mut targets) = (Vec::new(), Positions::default(), Vec::new());
+        let mut all = Vec::new();
+        for (row, encoded) in rows.enumerate() {
+            let (first, length) = (values.len(), encoded.ids.len());
+            values.resize(first + length * d, 0.0);
+            let x = &mut values[first..]; // [length, D]
+            // A run of image tokens that is cut off is none of this model's.
+            let start = encoded.image_start.unwrap_or(length);
+            let image = start..start.saturating_add(p).min(length);
+            for (position, (&id, out)) in encoded.ids.iter().zip(x.chunks_exact_mut(d.max(1))).enumerate() {
+                if !image.contains(&position) {
+                    self.token_table.row_into(id as usize, out);
+                }
             }
-            if let Some(image_start) = encoded.image_start {
-                let start = row * seq + image_start;
-                x.data[start * d..(start + p) * d].copy_from_slice(features);
-                image_mask.data[start..start + p].fill(1.0);
+            if encoded.image_start.is_some() {
+                match x.get_mut(image.start * d..image.end * d) {
+                    Some(out) if image.len() == p => features(row, out)?,
+                    _ => return Err(EdgeError::Features { found: image.len() * d, expected: p * d }),
+                }
             }
-            for position in encoded.prompt_length..encoded.ids.len() {
+            for position in encoded.prompt_length.max(1)..length {
                 let token = encoded.ids[position];
                 targets.push(Target { row: row as u32, position: position as u32 - 1, token });
             }
+            positions.lengths.push(length as u32);
+            positions.images.push(if image.is_empty() { 0..0 } else { image.start as u32..image.end as u32 });
+            all.push(BatchRow { ids: encoded.ids.clone(), picture: None });
         }
-        let lengths = rows.iter().map(|(e, _)| e.ids.len() as u32).collect();
-        Batch { x, image_mask, lengths, targets }
+        let x = TensorBlob { shape: vec![values.len() / d.max(1), d], data: values };
+        Ok(Batch { x: Arc::new(x), positions, targets, rows: all })
     }
 
     /// `x` of one generated token.
     pub fn assemble_token(&self, token: u32) -> Batch {
-        let mut x = TensorBlob::zeros(&[1, 1, self.config.text.hidden]);
+        let mut x = TensorBlob::zeros(&[1, self.config.text.hidden]);
         self.token_table.row_into(token as usize, &mut x.data);
-        Batch { x, image_mask: TensorBlob::zeros(&[1, 1, 1]), lengths: vec![1], targets: Vec::new() }
+        Batch {
+            x: Arc::new(x),
+            positions: Positions::plain(vec![1]),
+            targets: Vec::new(),
+            rows: vec![BatchRow { ids: vec![token], picture: None }],
+        }
+    }
+
+    /// The form in which the token table came: the server embeds ids in the same one.
+    pub fn table_form(&self) -> TableForm {
+        match self.token_table.form() {
+            "f16" => TableForm::F16,
+            "int8" => TableForm::Int8,
+            "int4" => TableForm::Int4,
+            _ => TableForm::F32,
+        }
     }
 
     /// Rows of the token table: how many ids can be embedded.

@@ -1,11 +1,12 @@
 //! Decoding token by token. The client makes every embedding (prompt, picture, and each token that was chosen, through its own
 //! text adapter); the server keeps keys and values of what it has seen and chooses the next token.
 
+use crate::boundary::RequestError;
 use crate::data::text::Encoded;
 use crate::edge::NanoEdge;
 use crate::model::adapter::{DeviceError, NanoAdapters};
 use crate::model::llama::KvCache;
-use crate::plain::{RequestError, TensorBlob};
+use crate::plain::TensorBlob;
 use crate::step::{self, BoundaryError, FrozenLlm, StepError};
 use burn::tensor::Device;
 use rand::{Rng, SeedableRng};
@@ -251,12 +252,13 @@ pub async fn answer<S: TokenSource>(
     mut on_text: impl FnMut(&str) -> bool,
 ) -> Result<String, StepError> {
     let mut ids = Vec::new();
-    let mut batch = edge.assemble(&[(prompt, features)]);
+    let mut batch = edge.assemble(&[(prompt, features)])?;
     let (mut past, mut text) = (0, String::new());
     let room = edge.config.text.max_positions.saturating_sub(prompt.ids.len());
     for _ in 0..options.max_tokens.min(room) {
-        let hidden = step::adapted(adapters, &batch, device).await?;
-        let new = hidden.shape[1] as u32;
+        let TensorBlob { shape, data } = step::adapted(adapters, &batch, device).await?; // [S,D]
+        let hidden = TensorBlob { shape: [vec![1], shape].concat(), data };
+        let new = batch.positions.total() as u32;
         let next = source.next(GenerateRequest { past, hidden, sampling: options.sampling }).await?;
         past += new;
         if edge.text.is_stop(next.token) {

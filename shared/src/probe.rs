@@ -1,6 +1,7 @@
 //! One fixed training step whose every result is kept: the same function runs on each device and in each place (native flex,
 //! native wgpu, wasm flex, WebGPU; in-process, over the wire), and tests compare what comes out.
 
+use crate::boundary::Gradient;
 use crate::data::dataset::{Dataset, Sample};
 use crate::data::scene::{DemoTheme, demo_shard};
 use crate::edge::{EdgeError, NanoEdge};
@@ -18,13 +19,13 @@ use serde::{Deserialize, Serialize};
 pub struct ProbeResult {
     /// `[pictures, P * D]`
     pub features: TensorBlob,
-    /// `h`: `[B, S, D]`
+    /// `h`: `[T, D]`
     pub hidden: TensorBlob,
     /// Mean over targets, nats.
     pub loss: f32,
     /// For each row.
     pub row_loss: Vec<f32>,
-    /// `g`: `[B, S, D]`
+    /// `g`: `[T, D]`; in mode `low-rank` `u`: `[T, R]`, image positions first.
     pub gradient: TensorBlob,
     /// Of the adapters.
     pub adapter_gradients: AdapterState,
@@ -83,24 +84,39 @@ pub async fn run<B: LlmBoundary>(
     device: &Device,
 ) -> Result<ProbeResult, ProbeError> {
     let cache = edge.encode(&samples(), |_, _| {}).await?;
-    let state = adapters(8, edge.config.text.hidden);
-    let adapters = NanoAdapters::from_state(&state, &device.clone().autodiff());
+    let width = edge.config.text.hidden;
+    let state = adapters(8, width);
+    let adapters = NanoAdapters::from_state(&state, device);
     let rows: Vec<usize> = (0..cache.samples.len()).collect();
-    let batch = edge.batch(&cache, &rows);
+    let batch = edge.batch(&cache, &rows)?;
     let hidden = step::adapted(Some(&adapters), &batch, device).await.map_err(StepError::from)?;
     let (reply, adapter_gradients) = step::gradients(&adapters, &batch, boundary, device).await?;
     let mut fisher = state.zeros_like();
-    step::fisher_batch(&adapters, &batch, boundary, device, &mut fisher).await?;
+    step::fisher_group(&adapters, std::slice::from_ref(&batch), boundary, device, &mut fisher).await?;
     fisher.0.values_mut().flat_map(|b| &mut b.data).for_each(|v| *v /= rows.len() as f32);
-    let width = cache.pictures.first().map_or(0, |features| features.len());
-    let features = cache.pictures.iter().flat_map(|features| features.iter().copied()).collect();
+    let each = cache.pictures.first().map_or(0, |picture| picture.count());
+    let mut features = TensorBlob::zeros(&[cache.pictures.len(), each]);
+    for (picture, out) in cache.pictures.iter().zip(features.data.chunks_mut(each.max(1))) {
+        picture.values(width, out).map_err(EdgeError::from)?;
+    }
     Ok(ProbeResult {
-        features: TensorBlob { shape: vec![cache.pictures.len(), width], data: features },
+        features,
         hidden,
         loss: reply.loss,
         row_loss: reply.row_loss,
-        gradient: reply.gradient,
+        gradient: one_below_the_other(reply.gradient),
         adapter_gradients,
         fisher,
     })
+}
+
+fn one_below_the_other(gradient: Gradient) -> TensorBlob {
+    match gradient {
+        Gradient::Hidden(g) => g,
+        Gradient::Codes(codes) => {
+            let width = codes.codes.iter().find_map(|(_, u)| u.shape.get(1).copied()).unwrap_or(1);
+            let data: Vec<f32> = codes.codes.iter().flat_map(|(_, u)| u.data.iter().copied()).collect();
+            TensorBlob { shape: vec![data.len() / width.max(1), width], data }
+        }
+    }
 }

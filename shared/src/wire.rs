@@ -1,14 +1,33 @@
 //! The whole protocol: one binary WebSocket message is one frame, `b"FN"`, version (u16, little-endian), then a postcard
 //! body: [`ClientMessage`] upward, [`ServerMessage`] downward. The first message upward must be [`ClientMessage::Hello`].
+//!
+//! | module | what |
+//! | --- | --- |
+//! | `agreement` | what both ends can do, and the choice that the server makes of it |
+//! | `numbers` | tensors as bytes: f32, f16, 8 bits, deflated |
+//! | `convert` | requests and replies of the boundary in their form on the wire, and back |
+//! | `frame` | messages as frames, size limits, errors |
 
-use crate::generate::{GenerateRequest, NextToken};
-use crate::plain::{AdapterState, BoundaryReply, BoundaryRequest, EvaluationReply};
+pub mod agreement;
+pub mod convert;
+mod frame;
+pub mod numbers;
+
+pub use crate::ledger::Traffic;
+pub use frame::{WireError, check_outgoing, decode, encode, encode_to_send};
+
+use crate::boundary::{EvaluationReply, Pair, Place, Target, Want};
+use crate::generate::{NextToken, Sampling};
+use crate::plain::AdapterState;
 use crate::settings::FederationSettings;
 use crate::step::Evaluation;
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use agreement::{Agreement, Offer};
+use numbers::{Packed, PictureKey};
+use serde::{Deserialize, Deserializer, Serialize};
+use std::marker::PhantomData;
 
 /// Changes with every change of a message.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 /// Largest frame either side accepts, bytes: activations of a batch of 8 at LLaVA-1.5-7B's shape in f32.
 pub const MAX_FRAME: usize = 96 << 20;
 /// Longest name or federation id, bytes of UTF-8: 40 letters of any script. The page's input takes as many UTF-16 units
@@ -17,7 +36,6 @@ pub const MAX_NAME: usize = 120;
 /// Longest description of a device that is kept, bytes of UTF-8; a longer one is cut: drivers are talkative, and that is no
 /// fault of a participant's.
 pub const MAX_DEVICE: usize = 160;
-const MAGIC: [u8; 2] = *b"FN";
 
 /// Number of a participant within its federation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -91,6 +109,11 @@ pub struct Hello {
     /// The secret of an earlier session, or one made up for this one ([`SessionToken::made_up`]): by it a participant is known even if
     /// the first welcome was lost. None: the server makes one up.
     pub resume: Option<SessionToken>,
+    /// What this program can do, and how much it has: the server chooses by it.
+    pub offer: Offer,
+    /// Number by which the download of the edge weights was announced, 32 hexadecimal digits: so the server counts its bytes for this
+    /// participant. None: nothing was downloaded from this server.
+    pub download: Option<String>,
 }
 
 /// Upward.
@@ -104,15 +127,17 @@ pub enum ClientMessage {
         id: u64,
         /// Round it belongs to.
         round: u32,
-        /// Activations and targets.
-        request: BoundaryRequest,
+        /// What the LLM reads, and the targets.
+        request: WireRequest,
     },
     /// Forward only.
     Evaluate {
         /// Echoed in the reply.
         id: u64,
-        /// Activations and the positions to read.
-        request: BoundaryRequest,
+        /// Round it belongs to; 0: none.
+        round: u32,
+        /// What the LLM reads, and the positions to judge.
+        request: WireRequest,
     },
     /// For the others' screens.
     Progress {
@@ -127,14 +152,20 @@ pub enum ClientMessage {
     },
     /// The result of a round.
     Update(Update),
-    /// Goodbye for good: do not wait for this participant.
+    /// Goodbye for good: do not wait for this participant. As after [`Self::Bye`], the server closes.
     Leave,
     /// Go on with this connection's text.
     Generate {
         /// Echoed in the reply.
         id: u64,
-        /// New embeddings.
-        request: GenerateRequest,
+        /// Positions that the server has seen already; 0 begins a text and forgets the connection's former one.
+        past: u32,
+        /// Embeddings of the positions that follow them, `[positions, D]`.
+        hidden: Packed,
+        /// How many those are.
+        positions: u32,
+        /// How to choose.
+        sampling: Sampling,
     },
     /// This connection's text is over; its cache can go.
     StopGenerating,
@@ -144,6 +175,122 @@ pub enum ClientMessage {
         round: u32,
         /// The federation's adapters, and the mix with the personal ones.
         local: LocalEvaluation,
+    },
+    /// Features of pictures that requests name by their keys, before those requests or in answer to [`ServerMessage::Missing`]. The
+    /// server keeps them for this participant as long as it has room.
+    Features {
+        /// Round they are first needed in; 0: none.
+        round: u32,
+        /// `[P, D]` each, in the format agreed.
+        #[serde(deserialize_with = "few")]
+        pictures: Vec<(PictureKey, Packed)>,
+    },
+    /// The orderly end of a connection, not of a participation: nothing follows it. The server says no more and closes; whoever reads
+    /// until then has counted every byte that the server has.
+    Bye,
+}
+
+/// A request of the boundary, in the form agreed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct WireRequest {
+    /// What the LLM reads.
+    pub input: WireInput,
+    /// Positions of each row.
+    pub lengths: Vec<u32>,
+    /// Answer tokens of all rows, sorted by row and position.
+    pub targets: Vec<Target>,
+    /// What is wanted.
+    pub want: Want,
+    /// Which request of its optimiser step it is. Those of a step come in order; the server adds up what it can.
+    pub place: Place,
+}
+
+/// What the LLM reads: all of it, or what the server needs to put it together.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum WireInput {
+    /// Mode `activations`: `h`, `[T, D]`.
+    Hidden(Packed),
+    /// Mode `low-rank`: `h = x + up z`.
+    Codes {
+        /// What the features `x` of each row consist of.
+        #[serde(deserialize_with = "few")]
+        rows: Vec<WireRow>,
+        /// R, the width of the codes; 0 where there are none.
+        rank: u32,
+        /// `z` of each adapter, `[positions of the part, R]`.
+        codes: Pair<Packed>,
+        /// `up` of each adapter, `[D, R]`.
+        up: Matrices,
+    },
+}
+
+/// Rows of a batch, or pictures of a frame, at most.
+const MANY: usize = 1 << 16;
+
+/// A list of things that take more memory than bytes on the wire: one frame has room for millions of empty ones.
+fn few<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Vec<T>, D::Error> {
+    struct Few<T>(PhantomData<T>);
+    impl<'de, T: Deserialize<'de>> serde::de::Visitor<'de> for Few<T> {
+        type Value = Vec<T>;
+        fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+            write!(f, "a list of at most {MANY}")
+        }
+        fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut list: A) -> Result<Vec<T>, A::Error> {
+            let mut few = Vec::new();
+            while let Some(one) = list.next_element()? {
+                if few.len() == MANY {
+                    return Err(serde::de::Error::custom(format!("more than {MANY} in a list")));
+                }
+                few.push(one);
+            }
+            Ok(few)
+        }
+    }
+    deserializer.deserialize_seq(Few(PhantomData))
+}
+
+/// A row of a batch without its features: tokens are looked up in the model's public table, pictures come once.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WireRow {
+    /// Token ids of all positions but the picture's.
+    pub ids: Vec<u32>,
+    /// The picture and its first position in the row.
+    pub picture: Option<(PictureKey, u32)>,
+}
+
+/// The adapters' `up`: they change once an optimiser step, not with every request.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Matrices {
+    /// These.
+    Sent(Pair<Packed>),
+    /// Those last sent over this connection, whatever became of that request.
+    Same,
+}
+
+/// The answer to a training request, in the form agreed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct WireReply {
+    /// Mean negative log-likelihood over the request's targets, nats.
+    pub loss: f32,
+    /// The same mean for each row alone.
+    pub row_loss: Vec<f32>,
+    /// In the form of the request's input.
+    pub gradient: WireGradient,
+}
+
+/// What the client's backward pass needs.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum WireGradient {
+    /// `g`, `[T, D]`.
+    Hidden(Packed),
+    /// In short.
+    Codes {
+        /// `u = upT g`, in the shape of the codes.
+        codes: Pair<Packed>,
+        /// `dL/d up`, `[D, R]`, of the whole optimiser step: with one of its requests, the one that was computed last.
+        up: Pair<Packed>,
+        /// Sums of squares of each row's own `dL/d up`, `[D, R]`, likewise of the whole step.
+        up_squares: Pair<Packed>,
     },
 }
 
@@ -250,31 +397,12 @@ pub struct ParticipantStatus {
     pub loss: Option<f32>,
     /// Its update of the current round is in.
     pub updated: bool,
-    /// Bytes so far.
+    /// Bytes so far, by direction and kind.
     pub traffic: Traffic,
     /// Its newest judgement on its own test samples.
     pub local: Option<LocalEvaluation>,
     /// It trains in the current round.
     pub selected: bool,
-}
-
-/// Bytes of frames by kind, as counted at the server's socket.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct Traffic {
-    /// Up: activations with targets, of training and evaluation.
-    pub activations_up: u64,
-    /// Up: adapters and Fisher.
-    pub updates_up: u64,
-    /// Up: everything else.
-    pub control_up: u64,
-    /// Down: gradients, and evaluation replies.
-    pub gradients_down: u64,
-    /// Down: the merged adapters of each round.
-    pub adapters_down: u64,
-    /// Down: everything else on the socket.
-    pub control_down: u64,
-    /// Down: edge weights, as the client counted them before joining.
-    pub edge_down: u64,
 }
 
 /// What a round brought.
@@ -327,10 +455,12 @@ pub enum ServerMessage {
         token: SessionToken,
         /// The token was known: an earlier session goes on.
         returning: bool,
-        /// What was agreed.
+        /// What was agreed about the federation.
         settings: FederationSettings,
         /// The federation now.
         status: Status,
+        /// What is spoken on this connection.
+        agreement: Agreement,
     },
     /// Fatal: the connection closes after this.
     Refused(Fault),
@@ -346,7 +476,7 @@ pub enum ServerMessage {
         /// Of the request.
         id: u64,
         /// Loss and gradient.
-        reply: BoundaryReply,
+        reply: WireReply,
     },
     /// Answer to `Evaluate`.
     Evaluated {
@@ -398,114 +528,13 @@ pub enum ServerMessage {
         /// Rounds until the next selection that may name this participant, if that is known.
         rounds_until: Option<u32>,
     },
-}
-
-/// Why a frame cannot be read.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum WireError {
-    /// Too large.
-    #[error("a frame of {0} bytes is larger than the {MAX_FRAME} allowed; use a smaller batch")]
-    TooLarge(usize),
-    /// The same of an own message, which is not sent.
-    #[error("{what} makes a frame of {bytes} bytes, {MAX_FRAME} are allowed; {remedy}")]
-    OwnTooLarge {
-        /// Kind of message.
-        what: &'static str,
-        /// Bytes that it would have.
-        bytes: usize,
-        /// What to do.
-        remedy: &'static str,
+    /// Request `id` waits for features that the server has not, or no more. They are to be sent; the request is not to be repeated.
+    Missing {
+        /// Of the request.
+        id: u64,
+        /// The pictures.
+        pictures: Vec<PictureKey>,
     },
-    /// No frame of this protocol.
-    #[error("{0} bytes that are not a FedNano frame; is something else talking to this address?")]
-    NotAFrame(usize),
-    /// Another version.
-    #[error(
-        "the other side speaks protocol version {theirs}, this side {VERSION}; reload the page or update the older program"
-    )]
-    Version {
-        /// The other side's.
-        theirs: u16,
-    },
-    /// Right frame, wrong body.
-    #[error("a frame of version {VERSION} with a damaged body: {0}")]
-    Body(String),
-}
-
-impl WireError {
-    /// As told to the peer.
-    pub fn fault(&self) -> Fault {
-        let (code, remedy) = match self {
-            Self::TooLarge(_) => (FaultCode::TooLarge, "use a smaller batch"),
-            Self::OwnTooLarge { remedy, .. } => (FaultCode::TooLarge, *remedy),
-            Self::NotAFrame(_) | Self::Body(_) => {
-                (FaultCode::Malformed, "use a FedNano client of the server's version")
-            }
-            Self::Version { .. } => (FaultCode::Version, "reload the page, or update the older program"),
-        };
-        Fault { code, cause: self.to_string(), remedy: remedy.into() }
-    }
-}
-
-/// A message as one frame.
-pub fn encode<M: Serialize>(message: &M) -> Vec<u8> {
-    let mut frame = MAGIC.to_vec();
-    frame.extend(VERSION.to_le_bytes());
-    // Writing plain data into memory cannot fail: no map of unknown length, no custom serializer that errs.
-    postcard::to_extend(message, frame).unwrap_or_default()
-}
-
-/// A client's message as one frame that a server takes.
-///
-/// # Errors
-/// [`WireError::OwnTooLarge`], before anything is sent: a server closes the connection over such a frame.
-pub fn encode_to_send(message: &ClientMessage) -> Result<Vec<u8>, WireError> {
-    let (what, remedy) = match message {
-        ClientMessage::Train { .. } | ClientMessage::Evaluate { .. } => ("this batch", "use a smaller batch_size"),
-        ClientMessage::Update(_) => ("this update", "use a smaller rank"),
-        _ => (SOME_MESSAGE, SHORTEN),
-    };
-    let frame = encode(message);
-    fitting(&frame, what, remedy)?;
-    Ok(frame)
-}
-
-/// The same check for a transport, which does not look into frames.
-///
-/// # Errors
-/// [`WireError::OwnTooLarge`].
-pub fn check_outgoing(frame: &[u8]) -> Result<(), WireError> {
-    fitting(frame, SOME_MESSAGE, SHORTEN)
-}
-
-const SOME_MESSAGE: &str = "this message";
-const SHORTEN: &str = "send less at once";
-
-fn fitting(frame: &[u8], what: &'static str, remedy: &'static str) -> Result<(), WireError> {
-    let bytes = frame.len();
-    if bytes > MAX_FRAME { Err(WireError::OwnTooLarge { what, bytes, remedy }) } else { Ok(()) }
-}
-
-/// The message of a frame.
-///
-/// # Errors
-/// [`WireError`]; never panics, whatever the bytes.
-pub fn decode<M: DeserializeOwned>(frame: &[u8]) -> Result<M, WireError> {
-    if frame.len() > MAX_FRAME {
-        return Err(WireError::TooLarge(frame.len()));
-    }
-    let Some((head, body)) = frame.split_at_checked(4).filter(|(h, _)| h[..2] == MAGIC) else {
-        return Err(WireError::NotAFrame(frame.len()));
-    };
-    let theirs = u16::from_le_bytes([head[2], head[3]]);
-    if theirs != VERSION {
-        return Err(WireError::Version { theirs });
-    }
-    match postcard::take_from_bytes(body) {
-        Ok((message, [])) => Ok(message),
-        Ok((_, rest)) => Err(WireError::Body(format!("{} bytes too many", rest.len()))),
-        Err(e) => Err(WireError::Body(e.to_string())),
-    }
 }
 
 #[cfg(test)]

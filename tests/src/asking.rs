@@ -150,7 +150,7 @@ impl Stage {
         max_tokens: usize,
     ) -> anyhow::Result<Answer> {
         let device = &self.own.device;
-        let adapters = adapter.map(|state| NanoAdapters::from_state(state, &device.clone().autodiff()));
+        let adapters = adapter.map(|state| NanoAdapters::from_state(state, device));
         let picture = read_picture(&self.picture).map_err(anyhow::Error::msg)?;
         let features = edge.image_features(&[&picture]).await?.concat();
         let prompt = edge.text.encode(QUESTION, None)?;

@@ -114,14 +114,17 @@ fn hyper_client() -> hyper_util::client::legacy::connect::HttpConnector {
 }
 
 async fn probe(device: &str, flags: &[&str]) -> anyhow::Result<()> {
-    let folder = tempfile::tempdir()?;
-    let server = Server::start(FederationSettings::default(), folder.path()).await?;
     let browser = Browser::open(flags).await?;
-    let text = browser.result(&format!("{}/probe.html?federation=test&device={device}", server.base)).await?;
-    let got: ProbeResult = serde_json::from_str(&text)?;
-    crate::devices::compare(&got, &crate::devices::native().await?)?;
-    browser.close().await?;
-    server.stop().await
+    for (boundary, mode) in fednano_tests::MODES {
+        println!("{mode}");
+        let folder = tempfile::tempdir()?;
+        let server = Server::start(FederationSettings { boundary, ..Default::default() }, folder.path()).await?;
+        let text = browser.result(&format!("{}/probe.html?federation=test&device={device}", server.base)).await?;
+        let got: ProbeResult = serde_json::from_str(&text)?;
+        crate::devices::compare(&got, &crate::devices::native(mode).await?)?;
+        server.stop().await?;
+    }
+    browser.close().await
 }
 
 pub fn wasm_flex_equals_native() -> anyhow::Result<()> {

@@ -4,6 +4,7 @@ use burn::tensor::Device;
 use fednano_server::device::DeviceChoice;
 use fednano_shared::probe::{self, ProbeResult};
 use fednano_shared::step::InProcess;
+use fednano_shared::wire::agreement::BoundaryMode;
 use fednano_tests::{LIMIT, adapters_close, block, close, halves, nano_llava};
 
 /// Limits between devices: f32 everywhere, other orders of summation and other libraries for exp and erf.
@@ -16,10 +17,10 @@ pub fn compare(got: &ProbeResult, want: &ProbeResult) -> anyhow::Result<()> {
     adapters_close("Fisher", &got.fisher, &want.fisher, 2e-3)
 }
 
-/// The native reference.
-pub async fn native() -> anyhow::Result<ProbeResult> {
+/// The native reference, in a mode of the boundary.
+pub async fn native(mode: BoundaryMode) -> anyhow::Result<ProbeResult> {
     let h = halves(&nano_llava(), &Device::flex())?;
-    Ok(probe::run(&h.edge, &mut InProcess(&h.llm), &h.device).await?)
+    Ok(probe::run(&h.edge, &mut InProcess::new(&h.llm, mode), &h.device).await?)
 }
 
 pub fn wgpu_equals_flex() -> anyhow::Result<()> {
@@ -27,7 +28,11 @@ pub fn wgpu_equals_flex() -> anyhow::Result<()> {
         let (device, name) = DeviceChoice::Wgpu.open()?;
         println!("on {name}");
         let h = halves(&nano_llava(), &device)?;
-        let got = probe::run(&h.edge, &mut InProcess(&h.llm), &device).await?;
-        compare(&got, &native().await?)
+        for mode in BoundaryMode::ALL {
+            println!("{mode}");
+            let got = probe::run(&h.edge, &mut InProcess::new(&h.llm, mode), &device).await?;
+            compare(&got, &native(mode).await?)?;
+        }
+        Ok(())
     })
 }

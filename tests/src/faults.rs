@@ -6,11 +6,14 @@ use fednano_server::native::{Invite, SocketConnector};
 use fednano_shared::client::{ClientError, Connector, Transport};
 use fednano_shared::model::checkpoint::load_llm;
 use fednano_shared::model::files::ModelFiles;
-use fednano_shared::plain::{AdapterState, BoundaryRequest, Target, TensorBlob};
+use fednano_shared::plain::AdapterState;
 use fednano_shared::settings::{AdapterChoice, FederationSettings};
-use fednano_shared::step::LlmBoundary;
-use fednano_shared::wire::{self, ClientMessage, Fault, FaultCode, Hello, Purpose, ServerMessage, Update};
-use fednano_tests::{LIMIT, Server, asking, block, hello, nano_llava};
+use fednano_shared::wire::agreement::{BoundaryMode, Offer};
+use fednano_shared::wire::{
+    self, ClientMessage, Fault, FaultCode, Hello, Purpose, ServerMessage, Update, WireInput, WireRequest,
+};
+use fednano_tests::hand::{self, Hand, exact, numbers};
+use fednano_tests::{LIMIT, Server, block, hello, nano_llava, offer};
 use futures_util::{SinkExt, StreamExt};
 use tokio_tungstenite::tungstenite::Message;
 use tokio_util::sync::CancellationToken;
@@ -51,21 +54,18 @@ fn expect(fault: &Fault, code: FaultCode, word: &str) -> anyhow::Result<()> {
 
 /// After all that, an honest client is still served.
 async fn still_serves(server: &Server) -> anyhow::Result<()> {
-    let request = request(2);
-    let reply = asking(&server.socket).await?.train(request).await?;
+    let reply = whole(server).await?.train(request(2)).await?.map_err(anyhow::Error::msg)?;
     anyhow::ensure!(reply.loss.is_finite());
     Ok(())
 }
 
-fn request(rows: usize) -> BoundaryRequest {
-    BoundaryRequest {
-        hidden: TensorBlob {
-            shape: vec![rows, 5, 192],
-            data: (0..rows * 5 * 192).map(|i| (i % 7) as f32 * 0.1).collect(),
-        },
-        lengths: vec![5; rows],
-        targets: (0..rows as u32).map(|row| Target { row, position: 3, token: 9 }).collect(),
-    }
+/// A connection that speaks whole activations.
+async fn whole(server: &Server) -> anyhow::Result<Hand> {
+    Hand::open(&server.socket, Offer { modes: vec![BoundaryMode::Activations], ..offer(0) }).await
+}
+
+fn request(rows: usize) -> WireRequest {
+    hand::request(rows, WireInput::Hidden(exact(&numbers(rows * 5 * 192))))
 }
 
 pub fn frames() -> anyhow::Result<()> {
@@ -114,30 +114,42 @@ pub fn out_of_order() -> anyhow::Result<()> {
 pub fn activations() -> anyhow::Result<()> {
     block(LIMIT, async {
         let (server, _folder) = server().await?;
-        let mut asker = asking(&server.socket).await?;
-        let mut fault = async |change: fn(&mut BoundaryRequest)| {
+        let mut asker = whole(&server).await?;
+        let hidden = |r: &mut WireRequest, values: &[f32]| r.input = WireInput::Hidden(exact(values));
+        let with = |at: usize, value: f32| {
+            let mut values = numbers(2 * 5 * 192);
+            values[at] = value;
+            values
+        };
+        type Change<'a> = &'a dyn Fn(&mut WireRequest);
+        let faults: [(Change, &str); 9] = [
+            (&|r| hidden(r, &with(3, f32::NAN)), "NaN at index 3"),
+            (&|r| hidden(r, &with(0, f32::NEG_INFINITY)), "-inf"),
+            (&|r| hidden(r, &numbers(2 * 5 * 191)), "1920 values"),
+            (&|r| hidden(r, &[]), "1920 values"),
+            (
+                &|r| {
+                    r.lengths = vec![900, 1];
+                    hidden(r, &numbers(901 * 192));
+                },
+                "900 positions",
+            ),
+            (&|r| r.targets[0].token = 1_000_000, "token 1000000"),
+            (&|r| r.targets.clear(), "no target"),
+            (&|r| r.lengths = vec![u32::MAX, u32::MAX], "positions"),
+            (&|r| r.targets[1].row = 2, "row 2"),
+        ];
+        for (change, word) in faults {
             let mut r = request(2);
             change(&mut r);
-            match asker.train(r).await {
-                Err(e) => anyhow::Ok(e.to_string()),
-                Ok(_) => anyhow::bail!("a faulty request was computed"),
-            }
-        };
-        for (change, word) in [
-            ((|r| r.hidden.data[3] = f32::NAN) as fn(&mut BoundaryRequest), "NaN at index 3"),
-            (|r| r.hidden.data[0] = f32::NEG_INFINITY, "-inf"),
-            (|r| r.hidden = TensorBlob::zeros(&[2, 5, 191]), "[2, 5, 191]"),
-            (|r| r.hidden.shape = vec![2, 960], "2 axes"),
-            (|r| r.hidden = TensorBlob::zeros(&[2, 900, 192]), "900 positions"),
-            (|r| r.targets[0].token = 1_000_000, "token 1000000"),
-            (|r| r.targets.clear(), "no target"),
-            (|r| r.hidden.shape = vec![usize::MAX, usize::MAX, 192], "positions"),
-        ] {
-            let words = fault(change).await?;
-            anyhow::ensure!(words.contains(word), "'{word}' is not in: {words}");
+            let fault =
+                asker.train(r).await?.err().with_context(|| format!("a faulty request was computed: {word}"))?;
+            let words = fault.to_string();
+            println!("{words}");
+            anyhow::ensure!(words.contains(word) && !fault.remedy.is_empty(), "'{word}' is not in: {words}");
         }
         // The same session goes on.
-        anyhow::ensure!(asker.train(request(1)).await?.loss.is_finite());
+        anyhow::ensure!(asker.train(request(1)).await?.map_err(anyhow::Error::msg)?.loss.is_finite());
         server.stop().await
     })
 }

@@ -66,8 +66,9 @@ pub fn two_native_clients() -> anyhow::Result<()> {
         }
         for p in &status.participants {
             let t = p.traffic;
+            let up = t.up.features + t.up.codes + t.up.activations;
             anyhow::ensure!(
-                t.activations_up > 0 && t.gradients_down > 0 && t.updates_up > 0 && t.adapters_down > 0,
+                up > 0 && t.down.gradients > 0 && t.up.adapters > 0 && t.up.fisher > 0 && t.down.adapters > 0,
                 "{t:?}"
             );
         }
@@ -387,7 +388,7 @@ pub fn nothing_to_judge_a_merge() -> anyhow::Result<()> {
         let status = federation.status();
         anyhow::ensure!(status.history[1].participants == [ParticipantId(1)], "{:?}", status.history[1]);
         anyhow::ensure!(all(&federation.adapter(), 0.01), "the merge is another one");
-        anyhow::ensure!(status.participants[0].traffic.updates_up > 0, "{:?}", status.participants[0]);
+        anyhow::ensure!(status.participants[0].traffic.up.adapters > 0, "{:?}", status.participants[0]);
         server.stop().await
     })
 }
@@ -452,7 +453,8 @@ pub fn taken_over() -> anyhow::Result<()> {
         let [me] = &new.status.participants[..] else {
             anyhow::bail!("{:?}", new.status.participants);
         };
-        anyhow::ensure!(me.traffic.edge_down == 1000, "{} bytes of 1000 are counted", me.traffic.edge_down);
+        let counted = me.traffic.down.edge_bundle;
+        anyhow::ensure!(counted == 1000, "{counted} bytes of 1000 are counted");
         server.stop().await
     })
 }

@@ -1,25 +1,33 @@
 //! What the tests share: the demo model, servers with their own ports, one timeout for every await.
 
+pub mod hand;
+pub mod tap;
+
 use anyhow::Context;
 use burn::tensor::Device;
-use fednano_server::app::{App, HeldOutSource, ServerSettings};
+use fednano_server::app::{App, FEATURE_CACHE, HeldOutSource, ServerSettings};
 use fednano_server::llm_host::Order;
 use fednano_server::native::{SocketConnector, TokioClock};
 use fednano_shared::ask::Asking;
+use fednano_shared::boundary::Gradient;
 use fednano_shared::bundle::EdgeDtype;
-use fednano_shared::client::{ClientEvent, Clock, Connector, Forgetful, Observer, Outcome, Participant, participate};
+use fednano_shared::client::{
+    ClientEvent, Clock, Connector, Forgetful, Keeper, Observer, Outcome, Participant, participate,
+};
 use fednano_shared::data::dataset::Dataset;
 use fednano_shared::edge::{FeatureCache, NanoEdge};
 use fednano_shared::model::checkpoint::load_llm;
 use fednano_shared::model::files::ModelFiles;
 use fednano_shared::plain::{AdapterState, TensorBlob};
-use fednano_shared::settings::FederationSettings;
+use fednano_shared::settings::{BoundaryChoice, FederationSettings};
 use fednano_shared::step::FrozenLlm;
+use fednano_shared::wire::agreement::{BoundaryMode, Offer, TableForm};
 use fednano_shared::wire::{ClientKind, Hello, Purpose};
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -149,6 +157,7 @@ pub fn server_settings(
         held_out,
         evaluation_limit: 90,
         order: Order::Arrival { merge: true },
+        feature_cache: FEATURE_CACHE,
     }
 }
 
@@ -198,8 +207,19 @@ impl Server {
         settings: FederationSettings,
         data_dir: &Path,
     ) -> anyhow::Result<Self> {
+        Self::launch_with(address, server_settings(model, held_out, settings, data_dir)).await
+    }
+
+    /// One with all settings given, on a free port.
+    ///
+    /// # Errors
+    /// The server's.
+    pub async fn start_with(settings: ServerSettings) -> anyhow::Result<Self> {
+        Self::launch_with("127.0.0.1:0", settings).await
+    }
+
+    async fn launch_with(address: &str, server: ServerSettings) -> anyhow::Result<Self> {
         let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
-        let server = server_settings(model, held_out, settings, data_dir);
         let shutdown = CancellationToken::new();
         let app = std::sync::Arc::new(App::start(server, &Device::flex(), shutdown.clone()).await?);
         let address = listener.local_addr()?;
@@ -249,16 +269,36 @@ pub fn hello(name: &str, samples: usize, purpose: Purpose) -> Hello {
         edge_bytes: 0,
         purpose,
         resume: None,
+        offer: offer(samples),
+        download: None,
     }
 }
 
-/// A connection that only asks.
+/// Both modes of the boundary, as they are asked for and as they are spoken.
+pub const MODES: [(BoundaryChoice, BoundaryMode); 2] =
+    [(BoundaryChoice::Activations, BoundaryMode::Activations), (BoundaryChoice::LowRank, BoundaryMode::LowRank)];
+
+/// Everything that a client can do, whose half of the model is one of [`server_settings`]; the samples have pictures of their own.
+pub fn offer(samples: usize) -> Offer {
+    let samples = samples as u64;
+    Offer {
+        table: TableForm::F16,
+        samples: samples as u32,
+        positions: 30 * samples,
+        image_positions: 16 * samples,
+        pictures: samples as u32,
+        picture_positions: 16 * samples,
+        ..Offer::default()
+    }
+}
+
+/// A connection that only asks, with this offer.
 ///
 /// # Errors
 /// No connection, or a refusal.
-pub async fn asking(socket: &str) -> anyhow::Result<Asking<fednano_server::native::Socket>> {
+pub async fn asking(socket: &str, offer: Offer) -> anyhow::Result<Asking<fednano_server::native::Socket>> {
     let transport = SocketConnector::new(socket, CancellationToken::new()).connect().await?;
-    Ok(Asking::open(transport, hello("asker", 0, Purpose::Ask)).await?)
+    Ok(Asking::open(transport, Hello { offer, ..hello("asker", 0, Purpose::Ask) }).await?)
 }
 
 /// Take part over a real socket.
@@ -273,10 +313,15 @@ pub async fn take_part<O: Observer>(
     observer: &mut O,
 ) -> anyhow::Result<Outcome> {
     let device = Device::flex();
-    let hello = hello(name, cache.samples.len(), Purpose::Train);
+    let hello = introduction(name, edge, cache);
     let me = Participant { hello, edge, cache, device: &device, max_tries: 40, keep_every: KEEP_EVERY };
     let mut connector = SocketConnector::new(socket, CancellationToken::new());
     Ok(participate(me, &mut connector, &TokioClock, &mut Forgetful, observer).await?)
+}
+
+/// An introduction with what the client really has.
+pub fn introduction(name: &str, edge: &NanoEdge, cache: &FeatureCache) -> Hello {
+    Hello { offer: Offer::of(cache, edge), ..hello(name, cache.samples.len(), Purpose::Train) }
 }
 
 /// The same over any connection, back in no time after a loss, and as often as it takes.
@@ -291,8 +336,58 @@ pub async fn take_part_over<C: Connector, O: Observer>(
     observer: &mut O,
 ) -> anyhow::Result<Outcome> {
     let device = Device::flex();
+    let hello = Hello { offer: Offer::of(cache, edge), ..hello };
     let me = Participant { hello, edge, cache, device: &device, max_tries: 100_000, keep_every: KEEP_EVERY };
     Ok(participate(me, connector, &Hurried, &mut Forgetful, observer).await?)
+}
+
+/// The same, gone for good at the first loss; a keeper keeps the work of each step.
+///
+/// # Errors
+/// The client's.
+pub async fn take_part_once<C: Connector, S: Keeper, O: Observer>(
+    edge: &NanoEdge,
+    cache: &FeatureCache,
+    hello: Hello,
+    connector: &mut C,
+    keeper: &mut S,
+    observer: &mut O,
+) -> anyhow::Result<Outcome> {
+    let device = Device::flex();
+    let hello = Hello { offer: Offer::of(cache, edge), ..hello };
+    let me = Participant { hello, edge, cache, device: &device, max_tries: 1, keep_every: Duration::ZERO };
+    Ok(participate(me, connector, &Hurried, keeper, observer).await?)
+}
+
+/// What a server answers at an address, as text; anything but success is an error.
+///
+/// # Errors
+/// No connection, or an answer that is no success.
+pub async fn get(server: &str, path: &str) -> anyhow::Result<String> {
+    let mut stream = tokio::net::TcpStream::connect(server).await?;
+    let request = format!("GET {path} HTTP/1.1\r\nHost: {server}\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).await?;
+    let answer = String::from_utf8_lossy(&answer);
+    let (head, body) = answer.split_once("\r\n\r\n").with_context(|| format!("{path}: {answer}"))?;
+    anyhow::ensure!(head.starts_with("HTTP/1.1 200"), "{path}: {head}");
+    anyhow::ensure!(!head.to_ascii_lowercase().contains("chunked"), "{path} comes in chunks: {head}");
+    Ok(body.to_owned())
+}
+
+/// A keeper in memory.
+#[derive(Default)]
+pub struct Notes(pub Option<Vec<u8>>);
+
+impl Keeper for Notes {
+    async fn keep(&mut self, snapshot: &[u8]) {
+        self.0 = Some(snapshot.to_vec());
+    }
+
+    async fn kept(&mut self) -> Option<Vec<u8>> {
+        self.0.clone()
+    }
 }
 
 /// How often a client's work is kept, where something keeps it.
@@ -334,7 +429,7 @@ impl Observer for Heard {
             ClientEvent::Lost { cause, .. } => format!("lost: {cause}"),
             ClientEvent::Waiting { round, .. } => format!("waiting {round}"),
             ClientEvent::Local { round, .. } => format!("local {round}"),
-            ClientEvent::Fisher { .. } | ClientEvent::Status(_) => return,
+            ClientEvent::Fisher { .. } | ClientEvent::Status(_) | ClientEvent::Traffic { .. } => return,
         };
         self.0.push(words);
     }
@@ -358,6 +453,28 @@ pub fn close(what: &str, got: &TensorBlob, want: &TensorBlob, limit: f64) -> any
     println!("{what}: deviation {d:.1e}, limit {limit:.1e}");
     anyhow::ensure!(d <= limit, "{what}: deviation {d:.2e} is above {limit:.1e}");
     Ok(())
+}
+
+/// [`close`] for each part of what the boundary answers.
+///
+/// # Errors
+/// Above the limit, or an answer of another kind.
+pub fn gradients_close(got: &Gradient, want: &Gradient, limit: f64) -> anyhow::Result<()> {
+    match (got, want) {
+        (Gradient::Hidden(got), Gradient::Hidden(want)) => close("gradient", got, want, limit),
+        (Gradient::Codes(got), Gradient::Codes(want)) => {
+            let codes = ("u", &got.codes, &want.codes);
+            let squares = ("squares", &got.up_squares, &want.up_squares);
+            for (what, got, want) in [codes, ("d_up", &got.up, &want.up), squares] {
+                anyhow::ensure!(got.parts() == want.parts(), "{what}: {:?} and {:?}", got.parts(), want.parts());
+                for ((part, got), (_, want)) in got.iter().zip(want.iter()) {
+                    close(&format!("{what} {}", part.name()), got, want, limit)?;
+                }
+            }
+            Ok(())
+        }
+        _ => anyhow::bail!("an answer in the other mode"),
+    }
 }
 
 /// [`close`] for each tensor of an adapter.

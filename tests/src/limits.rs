@@ -5,19 +5,25 @@ use anyhow::Context;
 use burn::tensor::Device;
 use fednano_server::llm_host::{self, Bounds, LlmHandle, Order};
 use fednano_server::native::SocketConnector;
+use fednano_shared::boundary::{
+    BoundaryReply, BoundaryRequest, CodesInput, Input, Pair, Part, Positions, Target, Want,
+};
 use fednano_shared::client::{Connector, Transport};
-use fednano_shared::plain::{BoundaryReply, BoundaryRequest, Target, TensorBlob};
+use fednano_shared::plain::TensorBlob;
 use fednano_shared::settings::FederationSettings;
+use fednano_shared::wire::agreement::BoundaryMode;
 use fednano_shared::wire::{self, ClientMessage, FaultCode, Hello, Purpose, ServerMessage};
-use fednano_tests::{LIMIT, Server, block, close, fixture, halves, hello, nano_llava, repository};
+use fednano_tests::{LIMIT, Server, block, close, fixture, gradients_close, halves, hello, nano_llava, repository};
+use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
 /// The same numbers in another order of summation.
 const NOISE: f64 = 1e-4;
-/// Positions of each row, padding included.
+/// Positions of the longest row.
 const SEQ: usize = 12;
 /// Targets of each row: some have none, the third has most.
 const TARGETS: [u32; 7] = [2, 0, 5, 1, 0, 3, 1];
+const RANK: usize = 3;
 
 /// Width and vocabulary of the reference checkpoint.
 struct Sizes {
@@ -31,25 +37,42 @@ impl Sizes {
         Bounds { attention: rows * SEQ * SEQ, logits: targets * self.vocab }
     }
 
-    /// Rows of different lengths, the answer at the end of each.
-    fn request(&self) -> BoundaryRequest {
+    /// Rows of different lengths, the answer at the end of each; in mode `low-rank` some have a picture.
+    fn request(&self, mode: BoundaryMode) -> BoundaryRequest {
         let rows = TARGETS.len();
-        let value = |i: usize| ((i * 37 + i / 11) % 101) as f32 * 0.01 - 0.5;
         let vocab = self.vocab as u32;
         let answer = |row: u32| {
             let end = SEQ as u32 - row;
             let first = end - TARGETS[row as usize];
             (first..end).map(move |position| Target { row, position, token: (row * 31 + position * 7) % vocab })
         };
-        BoundaryRequest {
-            hidden: TensorBlob {
-                shape: vec![rows, SEQ, self.dim],
-                data: (0..rows * SEQ * self.dim).map(value).collect(),
-            },
-            lengths: (0..rows).map(|row| (SEQ - row) as u32).collect(),
-            targets: (0..rows as u32).flat_map(answer).collect(),
-        }
+        let lengths: Vec<u32> = (0..rows).map(|row| (SEQ - row) as u32).collect();
+        let mut positions = Positions::plain(lengths);
+        let x = values(&[positions.total(), self.dim], 37);
+        let input = match mode {
+            BoundaryMode::Activations => Input::Hidden(x),
+            BoundaryMode::LowRank => {
+                for row in [0, 2, 3] {
+                    positions.images[row] = 1..4;
+                }
+                let codes = |part| Some(values(&[positions.of(part).len(), RANK], 41));
+                let up = |factor| Some(values(&[self.dim, RANK], factor));
+                Input::Codes(CodesInput {
+                    x: Arc::new(x),
+                    codes: Pair { image: codes(Part::Image), text: codes(Part::Text) },
+                    up: Arc::new(Pair { image: up(43), text: up(47) }),
+                })
+            }
+        };
+        let targets = (0..rows as u32).flat_map(answer).collect();
+        BoundaryRequest { input, positions, targets, want: Want::Both }
     }
+}
+
+/// Some numbers.
+fn values(shape: &[usize], factor: usize) -> TensorBlob {
+    let value = |i: usize| ((i * factor + i / 11) % 101) as f32 * 0.01 - 0.5;
+    TensorBlob { shape: shape.to_vec(), data: (0..shape.iter().product()).map(value).collect() }
 }
 
 /// The reference checkpoint's LLM, within bounds that depend on its sizes (none: those of a server).
@@ -67,60 +90,68 @@ fn list(values: &[f32]) -> TensorBlob {
 fn same(got: &BoundaryReply, want: &BoundaryReply) -> anyhow::Result<()> {
     close("loss", &list(&[got.loss]), &list(&[want.loss]), NOISE)?;
     close("loss of rows", &list(&got.row_loss), &list(&want.row_loss), NOISE)?;
-    close("gradient", &got.gradient, &want.gradient, NOISE)
+    gradients_close(&got.gradient, &want.gradient, NOISE)
 }
 
 /// Bounds that take several parts (for the rows, for the targets, for both) change nothing but the last bits.
 pub fn split_equals_whole() -> anyhow::Result<()> {
     block(LIMIT, async {
-        let (whole, sizes) = host(None)?;
-        let request = sizes.request();
-        let trained = whole.train(request.clone()).await.map_err(anyhow::Error::msg)?;
-        let evaluated = whole.evaluate(request.clone()).await.map_err(anyhow::Error::msg)?;
-        anyhow::ensure!(evaluated.nll.len() == 12, "{} targets", evaluated.nll.len());
-        for (rows, targets) in [(2, 99), (99, 5), (3, 6), (1, 5)] {
-            println!("{rows} rows and {targets} targets at once");
-            let (split, _) = host(Some((rows, targets)))?;
-            same(&split.train(request.clone()).await.map_err(anyhow::Error::msg)?, &trained)?;
-            let parts = split.evaluate(request.clone()).await.map_err(anyhow::Error::msg)?;
-            close("loss of targets", &list(&parts.nll), &list(&evaluated.nll), NOISE)?;
-            anyhow::ensure!(parts.predicted == evaluated.predicted, "other tokens are predicted");
-            // Several that wait together are not mixed up, nor merged beyond the bounds.
-            let [a, b, c] = [(); 3].map(|()| split.train(request.clone()));
-            let (a, b, c) = tokio::join!(a, b, c);
-            for reply in [a, b, c] {
-                same(&reply.map_err(anyhow::Error::msg)?, &trained)?;
-            }
+        for mode in BoundaryMode::ALL {
+            println!("{mode}");
+            split_equals_whole_in(mode).await?;
         }
         Ok(())
     })
 }
 
+async fn split_equals_whole_in(mode: BoundaryMode) -> anyhow::Result<()> {
+    let (whole, sizes) = host(None)?;
+    let request = sizes.request(mode);
+    let trained = whole.train(request.clone()).await.map_err(anyhow::Error::msg)?;
+    let evaluated = whole.evaluate(request.clone()).await.map_err(anyhow::Error::msg)?;
+    anyhow::ensure!(evaluated.nll.len() == 12, "{} targets", evaluated.nll.len());
+    for (rows, targets) in [(2, 99), (99, 5), (3, 6), (1, 5)] {
+        println!("{rows} rows and {targets} targets at once");
+        let (split, _) = host(Some((rows, targets)))?;
+        same(&split.train(request.clone()).await.map_err(anyhow::Error::msg)?, &trained)?;
+        let parts = split.evaluate(request.clone()).await.map_err(anyhow::Error::msg)?;
+        close("loss of targets", &list(&parts.nll), &list(&evaluated.nll), NOISE)?;
+        anyhow::ensure!(parts.predicted == evaluated.predicted, "other tokens are predicted");
+        // Several that wait together are not mixed up, nor merged beyond the bounds.
+        let [a, b, c] = [(); 3].map(|()| split.train(request.clone()));
+        let (a, b, c) = tokio::join!(a, b, c);
+        for reply in [a, b, c] {
+            same(&reply.map_err(anyhow::Error::msg)?, &trained)?;
+        }
+    }
+    Ok(())
+}
+
 /// One row that is too large by itself is refused, and the next request is computed.
 pub fn too_large_a_row() -> anyhow::Result<()> {
     block(LIMIT, async {
-        let (narrow, sizes) = host(Some((7, 4)))?;
-        let request = sizes.request();
-        for fault in [narrow.train(request.clone()).await.err(), narrow.evaluate(request.clone()).await.err()] {
-            let fault = fault.context("a row with more targets than fit was computed")?;
-            println!("{fault}");
-            anyhow::ensure!(fault.code == FaultCode::Invalid, "{:?}", fault.code);
-            anyhow::ensure!(fault.cause.contains("row 2 of 12 positions and 5 targets"), "{fault}");
-            anyhow::ensure!(fault.remedy.contains("shorten"), "{fault}");
+        for mode in BoundaryMode::ALL {
+            let (narrow, sizes) = host(Some((7, 4)))?;
+            let request = sizes.request(mode);
+            for fault in [narrow.train(request.clone()).await.err(), narrow.evaluate(request.clone()).await.err()] {
+                let fault = fault.context("a row with more targets than fit was computed")?;
+                println!("{fault}");
+                anyhow::ensure!(fault.code == FaultCode::Invalid, "{:?}", fault.code);
+                anyhow::ensure!(fault.cause.contains("row 2 of 10 positions and 5 targets"), "{fault}");
+                anyhow::ensure!(fault.remedy.contains("shorten"), "{fault}");
+            }
+            let (none, _) = host(Some((0, 99)))?;
+            let fault = none.train(request.clone()).await.err().context("a row that is too long was computed")?;
+            anyhow::ensure!(fault.cause.contains("row 0 of 12 positions"), "{fault}");
+            let first = BoundaryRequest {
+                input: Input::Hidden(values(&[SEQ, sizes.dim], 37)),
+                positions: Positions::plain(vec![SEQ as u32]),
+                targets: request.targets.iter().filter(|t| t.row == 0).copied().collect(),
+                want: Want::Gradient,
+            };
+            let reply = narrow.train(first).await.map_err(anyhow::Error::msg)?;
+            anyhow::ensure!(reply.loss.is_finite(), "loss {}", reply.loss);
         }
-        let (none, _) = host(Some((0, 99)))?;
-        let fault = none.train(request.clone()).await.err().context("a row that is too long was computed")?;
-        anyhow::ensure!(fault.cause.contains("row 0 of 12 positions"), "{fault}");
-        let first = BoundaryRequest {
-            hidden: TensorBlob {
-                shape: vec![1, SEQ, sizes.dim],
-                data: request.hidden.data[..SEQ * sizes.dim].to_vec(),
-            },
-            lengths: request.lengths[..1].to_vec(),
-            targets: request.targets.iter().filter(|t| t.row == 0).copied().collect(),
-        };
-        let reply = narrow.train(first).await.map_err(anyhow::Error::msg)?;
-        anyhow::ensure!(reply.loss.is_finite(), "loss {}", reply.loss);
         Ok(())
     })
 }

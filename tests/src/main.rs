@@ -3,6 +3,7 @@
 mod adapters;
 mod architecture;
 mod asking;
+mod boundary;
 mod browser;
 mod browser_bundle;
 mod browser_check;
@@ -16,6 +17,7 @@ mod fetching;
 mod gradients;
 mod kill;
 mod learning;
+mod ledger;
 mod life;
 mod limits;
 mod modalities;
@@ -76,6 +78,7 @@ const INDEX: &[(&str, &[Needs], Test)] = &[
     ("browser_bundle::two_tabs_share_one_download", &[NanoLlava, Chromium], browser_bundle::two_tabs_share),
     // The split changes nothing.
     ("gradients::split_equals_whole", &[NanoLlava], gradients::split_equals_whole),
+    ("gradients::the_closed_form_equals_autodiff", &[NanoLlava], gradients::closed_form),
     ("gradients::finite_differences", &[NanoLlava], gradients::finite_differences),
     ("gradients::merged_requests_equal_single_ones", &[NanoLlava], gradients::merged_requests),
     ("gradients::a_parameter_without_gradient_is_an_error", &[NanoLlava], gradients::count_check),
@@ -94,6 +97,25 @@ const INDEX: &[(&str, &[Needs], Test)] = &[
     ("training::late_updates", &[Nothing], training::late),
     ("training::each_strategy_uploads_its_own", &[Nothing], training::strategies),
     ("training::fisher_without_a_pass", &[Nothing], training::fisher_without_a_pass),
+    // What goes over the boundary: in whole or in short, in which numbers, once, while something else is done.
+    ("boundary::both_modes_train_alike", &[Nothing], boundary::both_modes_train_alike),
+    ("boundary::every_format_trains_in_each_direction", &[Nothing], boundary::formats_train),
+    ("boundary::deflated_frames_say_the_same", &[Nothing], boundary::deflated_is_the_same),
+    ("boundary::numbers_out_of_range_are_refused", &[Nothing], boundary::out_of_range),
+    ("boundary::too_small_a_store_asks_again", &[Nothing], boundary::small_store),
+    ("boundary::who_comes_back_sends_no_features_again", &[Nothing], boundary::features_once),
+    ("boundary::overlap_changes_nothing", &[Nothing], boundary::overlap_changes_nothing),
+    ("boundary::stale_steps_train_and_end", &[Nothing], boundary::stale_trains),
+    ("boundary::auto_chooses_by_shapes", &[Nothing], boundary::auto_by_shapes),
+    ("boundary::only_what_is_offered_is_spoken", &[Nothing], boundary::only_what_is_offered),
+    ("boundary::text_goes_as_ids", &[Nothing], boundary::text_goes_as_ids),
+    ("boundary::every_form_of_the_token_table_gives_the_same_text", &[Nothing], boundary::every_table_form),
+    ("boundary::padding_costs_nothing", &[Nothing], boundary::padding_costs_nothing),
+    ("boundary::the_timeline_shows_the_overlap", &[Nothing], boundary::timeline),
+    // Every byte, counted at both ends.
+    ("ledger::both_ends_and_the_line_agree", &[Nothing], ledger::both_ends_and_the_line_agree),
+    ("ledger::askers_and_the_restless_are_counted", &[Nothing], ledger::askers_and_restless),
+    ("browser::a_tab_counts_as_the_server_does", &[NanoLlava, Chromium], ledger::tab),
     // The same step elsewhere.
     ("devices::native_wgpu_equals_flex", &[NanoLlava, Vulkan], devices::wgpu_equals_flex),
     ("browser::wasm_flex_equals_native", &[NanoLlava, Chromium], browser::wasm_flex_equals_native),
@@ -186,7 +208,7 @@ const INDEX: &[(&str, &[Needs], Test)] = &[
 ];
 
 fn main() -> std::process::ExitCode {
-    if let Some(ended) = kill::serve_if_asked() {
+    if let Some(ended) = kill::serve_if_asked().or_else(boundary::trace_if_asked) {
         return ended;
     }
     let arguments = Arguments::from_args();

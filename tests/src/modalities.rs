@@ -8,14 +8,15 @@ use fednano_shared::client::Outcome;
 use fednano_shared::data::dataset::Dataset;
 use fednano_shared::data::scene::DemoTheme;
 use fednano_shared::data::text::{Encoded, TextCodec};
-use fednano_shared::edge::{Batch, FeatureCache};
+use fednano_shared::edge::FeatureCache;
 use fednano_shared::model::adapter::NanoAdapters;
 use fednano_shared::model::files::ModelFiles;
-use fednano_shared::plain::BoundaryRequest;
+use fednano_shared::plain::AdapterState;
 use fednano_shared::probe::{self, shard};
-use fednano_shared::settings::{AdapterChoice, FederationSettings, Strategy};
-use fednano_shared::step::{self, InProcess, LlmBoundary};
-use fednano_tests::{Halves, Heard, LIMIT, Server, block, encode, fixture, halves, nano_llava, take_part};
+use fednano_shared::settings::{AdapterChoice, BoundaryChoice, FederationSettings, Strategy};
+use fednano_shared::step::{self, InProcess};
+use fednano_shared::wire::agreement::BoundaryMode;
+use fednano_tests::{Halves, Heard, LIMIT, MODES, Server, block, encode, fixture, halves, nano_llava, take_part};
 use std::path::PathBuf;
 
 // ------------------------------------------------------------------------------------ data
@@ -106,22 +107,25 @@ pub fn mixed_batch() -> anyhow::Result<()> {
     block(LIMIT, async {
         let (h, cache) = on_fixture(&one_of_each()).await?;
         let (d, p) = (h.edge.config.text.hidden, h.edge.config.image_tokens());
-        let batch = h.edge.batch(&cache, &[0, 1, 2]);
-        let seq = batch.x.shape[1];
-        let request =
-            |b: &Batch| BoundaryRequest { hidden: b.x.clone(), lengths: b.lengths.clone(), targets: b.targets.clone() };
-        let together = InProcess(&h.llm).train(request(&batch)).await?;
-        for (row, pictures) in [1, 0, 1].into_iter().enumerate() {
-            let alone = h.edge.batch(&cache, &[row]);
-            let length = alone.x.shape[1];
-            let at = row * seq;
-            ensure!(batch.x.data[at * d..(at + length) * d] == alone.x.data, "row {row} is another one in the batch");
-            let mask = &batch.image_mask.data[at..at + seq];
-            ensure!(mask[..length] == alone.image_mask.data, "row {row} has another mask in the batch");
-            ensure!(mask.iter().sum::<f32>() == (pictures * p) as f32, "row {row} has the image positions {mask:?}");
-            let loss = InProcess(&h.llm).train(request(&alone)).await?.loss;
-            let beside = together.row_loss[row];
-            ensure!((loss - beside).abs() < 1e-4, "row {row}: loss {loss} alone, {beside} in the batch");
+        let batch = h.edge.batch(&cache, &[0, 1, 2])?;
+        let untouched = NanoAdapters::from_state(&AdapterState::zeros(AdapterChoice::Both, 4, d), &h.device);
+        for mode in BoundaryMode::ALL {
+            let mut boundary = InProcess::new(&h.llm, mode);
+            let (together, _) = step::gradients(&untouched, &batch, &mut boundary, &h.device).await?;
+            for (row, pictures) in [1, 0, 1].into_iter().enumerate() {
+                let alone = h.edge.batch(&cache, &[row])?;
+                let (at, length) = (batch.positions.starts()[row], alone.positions.total());
+                ensure!(
+                    batch.x.data[at * d..(at + length) * d] == alone.x.data,
+                    "row {row} is another one in the batch"
+                );
+                let image = &batch.positions.images[row];
+                ensure!(*image == alone.positions.images[0], "row {row} has its picture elsewhere in the batch");
+                ensure!(image.len() == pictures * p, "row {row} has the image positions {image:?}");
+                let (reply, _) = step::gradients(&untouched, &alone, &mut boundary, &h.device).await?;
+                let (loss, beside) = (reply.loss, together.row_loss[row]);
+                ensure!((loss - beside).abs() < 1e-4, "{mode}: row {row}: loss {loss} alone, {beside} in the batch");
+            }
         }
         Ok(())
     })
@@ -132,18 +136,22 @@ pub fn zero_gradient() -> anyhow::Result<()> {
     block(LIMIT, async {
         let (h, cache) = on_fixture(&one_of_each()).await?;
         let state = probe::adapters(4, h.edge.config.text.hidden);
-        let adapters = NanoAdapters::from_state(&state, &h.device.clone().autodiff());
-        for (row, without_image) in [(0, false), (1, true), (2, false)] {
-            let batch = h.edge.batch(&cache, &[row]);
-            let mut boundary = InProcess(&h.llm);
+        let adapters = NanoAdapters::from_state(&state, &h.device);
+        for (mode, (row, without_image)) in
+            BoundaryMode::ALL.into_iter().flat_map(|mode| [(0, false), (1, true), (2, false)].map(|case| (mode, case)))
+        {
+            let batch = h.edge.batch(&cache, &[row])?;
+            let mut boundary = InProcess::new(&h.llm, mode);
             let (_, gradients) = step::gradients(&adapters, &batch, &mut boundary, &h.device).await?;
             let mut fisher = state.zeros_like();
-            step::fisher_batch(&adapters, &batch, &mut boundary, &h.device, &mut fisher).await?;
-            ensure!(gradients.0.len() == 4, "row {row}: gradients of {:?}", gradients.0.keys());
+            let group = std::slice::from_ref(&batch);
+            step::fisher_group(&adapters, group, &mut boundary, &h.device, &mut fisher).await?;
+            ensure!(gradients.0.len() == 4, "{mode}: row {row}: gradients of {:?}", gradients.0.keys());
             for (what, values) in [("gradient", &gradients), ("Fisher", &fisher)] {
                 for (name, blob) in &values.0 {
                     let zero = blob.data.iter().all(|v| *v == 0.0);
-                    ensure!(zero == (without_image && name.starts_with("image")), "row {row}: {what} of {name}");
+                    let expected = without_image && name.starts_with("image");
+                    ensure!(zero == expected, "{mode}: row {row}: {what} of {name}");
                 }
             }
         }
@@ -156,13 +164,16 @@ pub fn zero_gradient() -> anyhow::Result<()> {
 /// One client with ordinary samples, one without pictures, one without questions.
 pub fn federation() -> anyhow::Result<()> {
     block(LIMIT, async {
-        // With the image adapter alone, whoever has no picture can teach nothing, and yet nobody waits.
-        together(Strategy::Fisher, AdapterChoice::Both).await?;
-        together(Strategy::FedAvg, AdapterChoice::Image).await
+        for (boundary, _) in MODES {
+            // With the image adapter alone, whoever has no picture can teach nothing, and yet nobody waits.
+            together(boundary, Strategy::Fisher, AdapterChoice::Both).await?;
+            together(boundary, Strategy::FedAvg, AdapterChoice::Image).await?;
+        }
+        Ok(())
     })
 }
 
-async fn together(strategy: Strategy, adapters: AdapterChoice) -> anyhow::Result<()> {
+async fn together(boundary: BoundaryChoice, strategy: Strategy, adapters: AdapterChoice) -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
     let settings = FederationSettings {
         rounds: 2,
@@ -171,6 +182,7 @@ async fn together(strategy: Strategy, adapters: AdapterChoice) -> anyhow::Result
         min_participants: 3,
         strategy,
         adapters,
+        boundary,
         ..Default::default()
     };
     let server = Server::start_model(&fixture(), settings, folder.path()).await?;

@@ -301,11 +301,11 @@ pub fn leave_and_rejoin() -> anyhow::Result<()> {
         stage.keeps(0).await?;
         let gone = format!("{STATUS}.then((s) => s.participants.every((p) => !p.connected))");
         stage.browser.wait("the server's knowing it", &gone).await?;
-        let downloaded = stage.participants().await?[0]["traffic"]["edge_down"].clone();
+        let downloaded = stage.participants().await?[0]["traffic"]["down"]["edge_bundle"].clone();
         let words = stage.text("#join").await?;
         ensure!(words == "Rejoin", "the button says '{words}'");
         stage.join_to_the_end().await?;
-        let now = stage.participants().await?[0]["traffic"]["edge_down"].clone();
+        let now = stage.participants().await?[0]["traffic"]["down"]["edge_bundle"].clone();
         ensure!(downloaded.as_u64().is_some_and(|n| n > 0) && now == downloaded, "downloaded {downloaded}, then {now}");
         stage.close().await
     })

@@ -6,13 +6,14 @@ use burn::tensor::{DType, Device};
 use fednano_server::check::report::{Report, Verdict};
 use fednano_server::check::{compare, finite};
 use fednano_server::device::{ComputeDtype, DeviceChoice};
+use fednano_shared::boundary::{BoundaryReply, Gradient};
 use fednano_shared::check::reference::{Inputs, Reference};
 use fednano_shared::config::{Activation, FeatureSelect};
 use fednano_shared::edge::NanoEdge;
 use fednano_shared::model::checkpoint::{Weights, canonical, load_llm};
 use fednano_shared::model::files::ModelFiles;
-use fednano_shared::plain::{BoundaryReply, TensorBlob};
-use fednano_shared::step::{FrozenLlm, InProcess, LlmBoundary};
+use fednano_shared::plain::{AdapterState, TensorBlob};
+use fednano_shared::step::FrozenLlm;
 use fednano_tests::{LIMIT, block, deviation, fixture, repository};
 use safetensors::{Dtype, SafeTensors, serialize, tensor::TensorView};
 use std::path::{Path, PathBuf};
@@ -38,6 +39,23 @@ fn passes(dir: &Path, device: &Device) -> anyhow::Result<()> {
     ensure!(skipped.is_empty(), "not compared: {}", skipped.join(", "));
     for name in ["image_u8", "input_ids", "vision.selected", "generate.tokens", "adapter.fisher.text.up"] {
         ensure!(report.row(name).is_some_and(|r| r.verdict == Verdict::Ok), "{name} is not in the report");
+    }
+    // What comes of codes and matrices is held to the same values within the same limits.
+    for kind in ["grad", "fisher"] {
+        for name in AdapterState::NAMES {
+            let whole = format!("adapter.{kind}.{name}");
+            let short = format!("{whole}@low-rank");
+            let row = |name: &str| report.row(name).with_context(|| format!("{name} is not in the report"));
+            let (whole, short) = (row(&whole)?, row(&short)?);
+            ensure!(short.verdict == Verdict::Ok && short.deviation.is_some(), "{} is {}", short.name, short.verdict);
+            ensure!(
+                short.limit == whole.limit,
+                "{} has the limit {:?}, not {:?}",
+                short.name,
+                short.limit,
+                whole.limit
+            );
+        }
     }
     Ok(())
 }
@@ -404,7 +422,7 @@ async fn decoder_in(dtype: DType, files: &ModelFiles, inputs: &Inputs) -> anyhow
     let llm = load_llm(&files.config, &files.weights, (&device, dtype))?;
     ensure!(llm.dtype() == dtype, "loaded in {:?}", llm.dtype());
     let llm = FrozenLlm::new(llm, &files.config.text, &device);
-    let reply = InProcess(&llm).train(inputs.request(inputs.embeds.clone())).await?;
+    let reply = llm.train(&[&inputs.request(&inputs.embeds)]).await?.pop().context("no reply")?;
     let (length, dim) = (inputs.lengths[0], inputs.dim);
     let part = |from: usize, to: usize| TensorBlob {
         shape: vec![1, to - from, dim],
@@ -414,6 +432,14 @@ async fn decoder_in(dtype: DType, files: &ModelFiles, inputs: &Inputs) -> anyhow
     llm.next_logits(&mut cache, &part(0, length - 2)).await?;
     llm.next_logits(&mut cache, &part(length - 2, length - 1)).await?;
     Ok((reply, llm.next_logits(&mut cache, &part(length - 1, length)).await?))
+}
+
+/// `g` of every position.
+fn whole(reply: &BoundaryReply) -> anyhow::Result<&[f32]> {
+    match &reply.gradient {
+        Gradient::Hidden(g) => Ok(&g.data),
+        Gradient::Codes(_) => anyhow::bail!("codes were not sent"),
+    }
 }
 
 /// Near f32, and not f32.
@@ -437,7 +463,7 @@ pub fn half_types() -> anyhow::Result<()> {
                 let (got, got_logits) = decoder_in(dtype, &files, &inputs).await?;
                 let what = |part: &str| format!("{} {} {part}", dir.display(), dtype.name());
                 off_by(&what("loss"), &got.row_loss, &want.row_loss, loss)?;
-                off_by(&what("gradient"), &got.gradient.data, &want.gradient.data, gradient)?;
+                off_by(&what("gradient"), whole(&got)?, whole(&want)?, gradient)?;
                 off_by(&what("logits"), &got_logits, &want_logits, logits)?;
             }
         }

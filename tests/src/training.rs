@@ -7,6 +7,7 @@ pub use participation::{fisher_without_a_pass, late, local_steps, local_test, re
 
 use anyhow::{Context, ensure};
 use burn::tensor::Device;
+use fednano_shared::boundary::Part;
 use fednano_shared::client::personal::mix;
 use fednano_shared::data::dataset::Dataset;
 use fednano_shared::data::scene::DemoTheme;
@@ -17,6 +18,7 @@ use fednano_shared::plain::AdapterState;
 use fednano_shared::probe;
 use fednano_shared::settings::{AdapterChoice, FederationSettings, OptimizerKind};
 use fednano_shared::step::{self, InProcess, StepReport, StepRules};
+use fednano_shared::wire::agreement::BoundaryMode;
 use fednano_tests::{Halves, LIMIT, adapters_close, block, close, encode, fixture, halves};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -47,7 +49,7 @@ impl Bench {
     }
 
     fn batch(&self, rows: &[usize]) -> Batch {
-        self.halves.edge.batch(&self.cache, rows)
+        self.halves.edge.batch(&self.cache, rows).expect("features as they were encoded")
     }
 
     fn all(&self) -> Batch {
@@ -55,18 +57,31 @@ impl Bench {
     }
 
     fn llm(&self) -> InProcess<'_> {
-        InProcess(&self.halves.llm)
+        self.llm_in(BoundaryMode::Activations)
+    }
+
+    fn llm_in(&self, mode: BoundaryMode) -> InProcess<'_> {
+        InProcess::new(&self.halves.llm, mode)
     }
 
     fn adapters(&self, state: &AdapterState) -> NanoAdapters {
-        NanoAdapters::from_state(state, &self.halves.device.clone().autodiff())
+        NanoAdapters::from_state(state, &self.halves.device)
     }
 
     /// Adapters after one step from the start.
     async fn step(&self, rules: &StepRules<'_>, parts: &[Batch]) -> anyhow::Result<(AdapterState, StepReport)> {
+        self.step_in(BoundaryMode::Activations, rules, parts).await
+    }
+
+    async fn step_in(
+        &self,
+        mode: BoundaryMode,
+        rules: &StepRules<'_>,
+        parts: &[Batch],
+    ) -> anyhow::Result<(AdapterState, StepReport)> {
         let mut adapters = self.adapters(&self.start);
         let (mut sgd, device) = (AdapterOptimizer::new(&sgd()), &self.halves.device);
-        let report = step::train_step(&mut adapters, &mut sgd, rules, parts, &mut self.llm(), device).await?;
+        let report = step::train_step(&mut adapters, &mut sgd, rules, parts, &mut self.llm_in(mode), device).await?;
         Ok((adapters.to_state().await?, report))
     }
 }
@@ -95,22 +110,29 @@ fn length(state: &AdapterState) -> f64 {
     state.0.values().flat_map(|b| &b.data).map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt()
 }
 
+/// In both modes, and the same in both.
 pub fn micro_batches() -> anyhow::Result<()> {
     block(LIMIT, async {
         let bench = Bench::of(8).await?;
         let rules = StepRules { squares: true, ..rules(FAR) };
-        let (whole, one) = bench.step(&rules, &[bench.all()]).await?;
-        let parts = [bench.batch(&[0, 1, 2, 3, 4]), bench.batch(&[5, 6]), bench.batch(&[7])];
-        let (parts, three) = bench.step(&rules, &parts).await?;
-        adapters_close("step", &way(&parts, &bench.start), &way(&whole, &bench.start), NOISE)?;
-        ensure!((one.loss - three.loss).abs() < 1e-4, "loss {} and {}", one.loss, three.loss);
-        ensure!((one.samples, three.samples) == (8, 8), "{} and {} samples", one.samples, three.samples);
-        // The squares of training are those of a Fisher pass at the adapters before the step.
-        let mut fisher = bench.start.zeros_like();
-        let (adapters, device) = (bench.adapters(&bench.start), &bench.halves.device);
-        step::fisher_batch(&adapters, &bench.all(), &mut bench.llm(), device, &mut fisher).await?;
-        for (what, squares) in [("whole", one.squares), ("parts", three.squares)] {
-            adapters_close(what, &squares.context("no squares")?, &fisher, 3e-4)?;
+        let mut first: Option<AdapterState> = None;
+        for mode in BoundaryMode::ALL {
+            println!("{mode}");
+            let (whole, one) = bench.step_in(mode, &rules, &[bench.all()]).await?;
+            let parts = [bench.batch(&[0, 1, 2, 3, 4]), bench.batch(&[5, 6]), bench.batch(&[7])];
+            let (parts, three) = bench.step_in(mode, &rules, &parts).await?;
+            adapters_close("step", &way(&parts, &bench.start), &way(&whole, &bench.start), NOISE)?;
+            ensure!((one.loss - three.loss).abs() < 1e-4, "loss {} and {}", one.loss, three.loss);
+            ensure!((one.samples, three.samples) == (8, 8), "{} and {} samples", one.samples, three.samples);
+            // The squares of training are those of a Fisher pass at the adapters before the step.
+            let mut fisher = bench.start.zeros_like();
+            let (adapters, device) = (bench.adapters(&bench.start), &bench.halves.device);
+            step::fisher_group(&adapters, &[bench.all()], &mut bench.llm_in(mode), device, &mut fisher).await?;
+            for (what, squares) in [("whole", one.squares), ("parts", three.squares)] {
+                adapters_close(what, &squares.context("no squares")?, &fisher, 3e-4)?;
+            }
+            let first = first.get_or_insert_with(|| whole.clone());
+            adapters_close("mode", &way(&whole, &bench.start), &way(first, &bench.start), NOISE)?;
         }
         Ok(())
     })
@@ -182,8 +204,9 @@ pub fn image_only() -> anyhow::Result<()> {
             close(name, gradient, &of_pair.0[name], NOISE)?;
         }
         let hidden = step::adapted(Some(&single), &batch, &device).await?;
+        let image = batch.positions.of(Part::Image);
         for (at, (h, x)) in hidden.data.chunks(dim).zip(batch.x.data.chunks(dim)).enumerate() {
-            ensure!((h == x) == (batch.image_mask.data[at] == 0.0), "position {at} is treated as the other kind");
+            ensure!((h == x) != image.contains(&at), "position {at} is treated as the other kind");
         }
         let (after, _) = bench.step(&rules(FAR), &[batch]).await?;
         let moved = after.0.iter().all(|(name, blob)| bench.start.0.get(name).is_some_and(|old| old != blob));

@@ -1,14 +1,16 @@
 //! What happens to a participant, as JSON for the page.
 
 use fednano_shared::client::ClientEvent;
+use fednano_shared::ledger::Traffic;
 use serde_json::json;
 
 /// One event; `type` says which.
 pub fn to_json(event: &ClientEvent<'_>) -> String {
     let value = match event {
-        ClientEvent::Joined { participant, token, settings, resumed } => {
-            json!({ "type": "joined", "participant": participant, "token": token, "settings": settings, "resumed": resumed })
-        }
+        ClientEvent::Joined { participant, token, settings, agreement, resumed } => json!({
+            "type": "joined", "participant": participant, "token": token, "settings": settings, "agreement": agreement,
+            "resumed": resumed,
+        }),
         ClientEvent::Status(status) => json!({ "type": "status", "status": status }),
         ClientEvent::Round { round, from_step, steps, .. } => {
             json!({ "type": "round", "round": round, "fromStep": from_step, "steps": steps })
@@ -22,6 +24,9 @@ pub fn to_json(event: &ClientEvent<'_>) -> String {
         ClientEvent::Uploaded { round, .. } => json!({ "type": "uploaded", "round": round }),
         ClientEvent::Waiting { round } => json!({ "type": "waiting", "round": round }),
         ClientEvent::Local { round, local } => json!({ "type": "local", "round": round, "local": local }),
+        ClientEvent::Traffic { rounds } => {
+            json!({ "type": "traffic", "traffic": Traffic::sum(rounds.values()), "rounds": rounds })
+        }
         ClientEvent::NotCounted { round, fault } => json!({ "type": "notCounted", "round": round, "fault": fault }),
         ClientEvent::Lost { cause, retry_in } => {
             json!({ "type": "lost", "cause": cause, "retryMs": retry_in.as_millis() as u64 })

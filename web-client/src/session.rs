@@ -19,6 +19,7 @@ use fednano_shared::model::adapter::NanoAdapters;
 use fednano_shared::plain::AdapterState;
 use fednano_shared::probe;
 use fednano_shared::settings::Strategy;
+use fednano_shared::wire::agreement::Offer;
 use fednano_shared::wire::{ClientKind, Hello, Purpose, SessionToken};
 use serde::Deserialize;
 use serde_json::json;
@@ -91,6 +92,8 @@ struct JoinOptions {
     name: String,
     device_text: String,
     edge_bytes: u64,
+    /// Number by which the download of the edge weights was announced.
+    download: Option<String>,
     resume: Option<SessionToken>,
 }
 
@@ -208,6 +211,8 @@ impl Session {
             edge_bytes: options.edge_bytes,
             purpose: Purpose::Train,
             resume: options.resume,
+            offer: Offer::of(&cache, &self.edge),
+            download: options.download,
         };
         let (edge, device) = (&self.edge, &self.device);
         let me = Participant { hello, edge, cache: &cache, device, max_tries: MAX_TRIES, keep_every: KEEP_EVERY };
@@ -261,10 +266,10 @@ impl Session {
             }
             None => (self.edge.text.encode_text(&question, None)?, Vec::new()),
         };
-        let mut boundary = connect(url, federation).await?;
+        let mut boundary = self.connect(url, federation).await?;
         let latest = self.latest.borrow().clone();
         let options = AnswerOptions { max_tokens: MAX_ANSWER_TOKENS, sampling: Sampling::GREEDY };
-        let tuned = latest.as_ref().map(|l| NanoAdapters::from_state(&l.adapter, &self.device.clone().autodiff()));
+        let tuned = latest.as_ref().map(|l| NanoAdapters::from_state(&l.adapter, &self.device));
         let answer = async |which: &'static str, adapters: Option<&NanoAdapters>, boundary: &mut Asking<Socket>| {
             let tell = |text: &str| on_text(which, text);
             generate::answer(&self.edge, adapters, (&prompt, &features), options, boundary, &self.device, tell).await
@@ -281,26 +286,28 @@ impl Session {
 
     /// Results of the probe as JSON.
     pub async fn probe(&self, url: String, federation: String) -> Result<String, Failure> {
-        let mut boundary = connect(url, federation).await?;
+        let mut boundary = self.connect(url, federation).await?;
         let result = probe::run(&self.edge, &mut boundary, &self.device).await?;
         Ok(serde_json::to_string(&result)?)
     }
-}
 
-/// A connection for questions.
-async fn connect(url: String, federation: String) -> Result<Asking<Socket>, Failure> {
-    let mut sockets = Sockets { url, leave: Rc::default() };
-    let hello = Hello {
-        federation,
-        name: "a question".to_owned(),
-        kind: ClientKind::Tab,
-        device: String::new(),
-        samples: 0,
-        edge_bytes: 0,
-        purpose: Purpose::Ask,
-        resume: None,
-    };
-    Ok(Asking::open(sockets.connect().await?, hello).await?)
+    /// A connection for questions.
+    async fn connect(&self, url: String, federation: String) -> Result<Asking<Socket>, Failure> {
+        let mut sockets = Sockets { url, leave: Rc::default() };
+        let hello = Hello {
+            federation,
+            name: "a question".to_owned(),
+            kind: ClientKind::Tab,
+            device: String::new(),
+            samples: 0,
+            edge_bytes: 0,
+            purpose: Purpose::Ask,
+            resume: None,
+            offer: Offer { table: self.edge.table_form(), ..Offer::default() },
+            download: None,
+        };
+        Ok(Asking::open(sockets.connect().await?, hello).await?)
+    }
 }
 
 /// Keeps adapters for questions, tells the page the rest.

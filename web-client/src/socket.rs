@@ -77,7 +77,7 @@ impl Socket {
         let socket =
             WebSocket::new(url).map_err(|_| TransportError::Lost(format!("'{url}' is no address of a server")))?;
         socket.set_binary_type(BinaryType::Arraybuffer);
-        // Unbounded: the protocol has one request under way, and the server's status messages are small.
+        // Unbounded: the protocol has few requests under way, and the server's status messages are small.
         let (sender, events) = mpsc::unbounded();
         // Sending fails only once the receiver is gone, and then nobody wants the event.
         let opened = sender.clone();
@@ -110,9 +110,11 @@ impl Socket {
     }
 
     fn poll_event(&mut self, cx: &mut Context<'_>) -> Poll<Result<Event, TransportError>> {
-        if self.leave.poll(cx) {
-            return Poll::Ready(Err(TransportError::Left));
-        }
+        if self.leave.poll(cx) { Poll::Ready(Err(TransportError::Left)) } else { self.poll_socket(cx) }
+    }
+
+    /// The same, also while leaving.
+    fn poll_socket(&mut self, cx: &mut Context<'_>) -> Poll<Result<Event, TransportError>> {
         match self.events.poll_next_unpin(cx) {
             Poll::Ready(Some(Event::Closed(cause))) => Poll::Ready(Err(TransportError::Lost(cause))),
             Poll::Ready(Some(event)) => Poll::Ready(Ok(event)),
@@ -196,6 +198,23 @@ impl Transport for Socket {
                 Poll::Pending if self.poll_silence(cx) => {
                     let cause = format!("the server has been silent for {} s", SILENCE.as_secs());
                     Poll::Ready(Err(TransportError::Lost(cause)))
+                }
+                other => other,
+            });
+            match event.await? {
+                Event::Frame(frame) => return Ok(frame),
+                Event::Closed(cause) => return Err(TransportError::Lost(cause)),
+                Event::Open => {}
+            }
+        }
+    }
+
+    async fn last(&mut self, limit: Duration) -> Result<Vec<u8>, TransportError> {
+        let mut watch = timer(limit);
+        loop {
+            let event = poll_fn(|cx| match self.poll_socket(cx) {
+                Poll::Pending if watch.poll_unpin(cx).is_ready() => {
+                    Poll::Ready(Err(TransportError::Lost("the server leaves the connection open".to_owned())))
                 }
                 other => other,
             });

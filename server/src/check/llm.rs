@@ -2,6 +2,7 @@
 //! that a fault of the client's half does not show here.
 
 use burn::tensor::{Device, TensorCreationOptions};
+use fednano_shared::boundary::{BoundaryReply, Gradient, Place};
 use fednano_shared::check::adapters;
 use fednano_shared::check::table::{Part, Table};
 use fednano_shared::check::tensor;
@@ -9,13 +10,14 @@ use fednano_shared::model::adapter::{NanoAdapters, read};
 use fednano_shared::model::checkpoint::load_llm;
 use fednano_shared::model::files::ModelFiles;
 use fednano_shared::model::llama::Llama;
-use fednano_shared::plain::{AdapterState, BoundaryReply, TensorBlob};
+use fednano_shared::plain::{AdapterState, TensorBlob};
 use fednano_shared::step::{FrozenLlm, InProcess, LlmBoundary};
+use fednano_shared::wire::agreement::BoundaryMode;
 
 /// The decoder twice: as its layers, and as the server holds it. The weights are shared.
 pub(super) struct Decoder {
     pub(super) llm: Llama,
-    pub(super) frozen: FrozenLlm,
+    frozen: FrozenLlm,
     /// With autodiff.
     pub(super) device: Device,
 }
@@ -26,6 +28,11 @@ impl Decoder {
         let llm = load_llm(&files.config, &files.weights, place.clone().with_device(device.clone()))?;
         let frozen = FrozenLlm::new(llm.clone(), &files.config.text, &device);
         Ok(Self { llm, frozen, device })
+    }
+
+    /// In this process, in either mode.
+    pub(super) fn boundary(&self, mode: BoundaryMode) -> InProcess<'_> {
+        InProcess::new(&self.frozen, mode)
     }
 
     /// Outputs of the layers and of the final norm `[B, S, D]`, logits `[B, S, V]`.
@@ -53,17 +60,33 @@ pub(super) async fn compare(table: &mut Table<'_>, decoder: &Decoder) -> anyhow:
     table.add("llm.final_hidden", &last, Part::Real);
     table.add("logits", &logits, Part::Real);
 
-    let request = inputs.request(inputs.embeds.clone());
-    let evaluated = InProcess(&decoder.frozen).evaluate(request.clone()).await?;
+    let request = inputs.request(&inputs.embeds);
+    let targets = request.targets.clone();
+    let evaluated = decoder.boundary(BoundaryMode::Activations).evaluate(request, &inputs.batch()).await?;
     let mut nll = TensorBlob::zeros(&[inputs.rows, inputs.seq]);
-    for (t, value) in request.targets.iter().zip(&evaluated.nll) {
+    for (t, value) in targets.iter().zip(&evaluated.nll) {
         nll.data[t.row as usize * inputs.seq + t.position as usize] = *value;
     }
     table.add("token_nll", &nll, Part::Real);
-    let reply = InProcess(&decoder.frozen).train(request).await?;
-    losses(table, "", &reply);
-    table.add_gradient("grad.inputs_embeds", &reply.gradient);
+    answer(table, "", decoder, &inputs.embeds).await?;
     Ok(())
+}
+
+/// Loss and gradient at padded `h` `[B, S, D]`, compared.
+async fn answer(
+    table: &mut Table<'_>,
+    prefix: &str,
+    decoder: &Decoder,
+    hidden: &TensorBlob,
+) -> anyhow::Result<BoundaryReply> {
+    let inputs = table.inputs;
+    let mut boundary = decoder.boundary(BoundaryMode::Activations);
+    boundary.send(inputs.request(hidden), &inputs.batch(), Place::ALONE).await?;
+    let reply = boundary.reply().await?;
+    losses(table, prefix, &reply);
+    let Gradient::Hidden(g) = &reply.gradient else { anyhow::bail!("the answer is in another mode") };
+    table.add_gradient(&format!("{prefix}grad.inputs_embeds"), &inputs.padded(g));
+    Ok(reply)
 }
 
 /// Mean over the batch's targets, and over each row's.
@@ -80,14 +103,14 @@ pub(super) async fn adapters(
     state: &AdapterState,
     device: &Device,
 ) -> anyhow::Result<TensorBlob> {
-    let module = NanoAdapters::from_state(state, &decoder.device);
+    let module = NanoAdapters::from_state(state, device);
     let hidden = adapters::forward(table, &module, device).await?;
     let (_, _, logits) = decoder.forward(&hidden).await?;
     table.add("adapter.logits", &logits, Part::Real);
 
-    let reply = InProcess(&decoder.frozen).train(table.inputs.request(hidden.clone())).await?;
-    losses(table, "adapter.", &reply);
-    table.add_gradient("adapter.grad.inputs_embeds", &reply.gradient);
+    let reply = answer(table, "adapter.", decoder, &hidden).await?;
     adapters::backward(table, &module, &reply, device).await?;
+    let (batch, mut low_rank) = (table.inputs.batch(), decoder.boundary(BoundaryMode::LowRank));
+    adapters::through(table, "@low-rank", &module, &batch, &mut low_rank, device).await?;
     Ok(hidden)
 }

@@ -24,7 +24,7 @@ use fednano_shared::model::adapter::NanoAdapters;
 use fednano_shared::model::files::{ModelFiles, SmallFiles};
 use fednano_shared::plain::TensorBlob;
 use fednano_shared::probe;
-use fednano_shared::step::InProcess;
+use fednano_shared::wire::agreement::BoundaryMode;
 use futures_executor::block_on;
 use std::path::Path;
 
@@ -64,7 +64,7 @@ async fn all(
     generation::compare(&mut table, "", &decoder, &plain, &inputs.embeds).await?;
     if let Some(state) = table.reference.adapter(inputs.dim)? {
         let hidden = llm::adapters(&mut table, &decoder, &state, device).await?;
-        let adapters = NanoAdapters::from_state(&state, &decoder.device);
+        let adapters = NanoAdapters::from_state(&state, device);
         let adapted = generation::Embedder { edge: &edge, adapters: Some(&adapters), device };
         generation::compare(&mut table, "adapter.", &decoder, &adapted, &hidden).await?;
     }
@@ -95,7 +95,7 @@ pub fn finite(files: &ModelFiles, place: impl Into<TensorCreationOptions>) -> an
     let device = &place.device;
     let edge = NanoEdge::load(files, device)?;
     let decoder = llm::Decoder::load(files, &place)?;
-    let got = block_on(probe::run(&edge, &mut InProcess(&decoder.frozen), device))
+    let got = block_on(probe::run(&edge, &mut decoder.boundary(BoundaryMode::Activations), device))
         .context("the training step does not run on this checkpoint")?;
     let row = |name: &str, shape: &[usize], data: &[f32]| match data.iter().position(|v| !v.is_finite()) {
         None => Row::plain(name, shape, Verdict::Ok, "finite"),

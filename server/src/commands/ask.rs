@@ -16,6 +16,7 @@ use fednano_shared::model::adapter::NanoAdapters;
 use fednano_shared::model::checkpoint::load_llm;
 use fednano_shared::model::files::ModelFiles;
 use fednano_shared::step::FrozenLlm;
+use fednano_shared::wire::agreement::Offer;
 use fednano_shared::wire::{ClientKind, Hello, Purpose};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -98,6 +99,8 @@ pub async fn run<W: Write>(args: &Args, cache_dir: Option<PathBuf>, out: &mut W)
             edge_bytes,
             purpose: Purpose::Ask,
             resume: None,
+            offer: Offer { table: edge.table_form(), ..Offer::default() },
+            download: None,
         };
         let socket = SocketConnector::new(invite.socket, CancellationToken::new()).connect().await?;
         let mut source = Asking::open(socket, hello).await?;
@@ -143,5 +146,5 @@ async fn say<S: TokenSource, W: Write>(
 
 fn open_adapter(path: &Path, edge: &NanoEdge, device: &Device) -> anyhow::Result<NanoAdapters> {
     let file = AdapterFile::open(path, edge.config.text.hidden)?;
-    Ok(NanoAdapters::from_state(&file.adapter, &device.clone().autodiff()))
+    Ok(NanoAdapters::from_state(&file.adapter, device))
 }

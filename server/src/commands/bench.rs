@@ -2,12 +2,14 @@
 
 use crate::device::{ComputeDtype, DeviceChoice};
 use crate::fetch::resolve_model;
+use anyhow::Context;
+use fednano_shared::boundary::{BoundaryRequest, CodesInput, Input, Pair, Part, Positions, Target, Want};
 use fednano_shared::generate::{GenerateRequest, InProcessTokens, Sampling, TokenSource};
 use fednano_shared::model::adapter::standard_normal;
 use fednano_shared::model::checkpoint::load_llm;
 use fednano_shared::model::files::ModelFiles;
-use fednano_shared::plain::{BoundaryRequest, Target, TensorBlob};
-use fednano_shared::step::{FrozenLlm, InProcess, LlmBoundary};
+use fednano_shared::plain::TensorBlob;
+use fednano_shared::step::FrozenLlm;
 use futures_executor::block_on;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -36,6 +38,9 @@ pub struct Args {
     /// Positions of each row (0: the picture's and 32 of text).
     #[arg(long, default_value_t = 0)]
     positions: usize,
+    /// Rank of the codes that the step gets, as in mode `low-rank` (0: whole embeddings, as in mode `activations`).
+    #[arg(long, default_value_t = 0)]
+    rank: usize,
     /// Steps that are timed, after one that is not.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     steps: u32,
@@ -55,6 +60,7 @@ struct Figures {
     parameters: usize,
     batch: u32,
     positions: usize,
+    rank: usize,
     load_s: f64,
     /// Median of the timed steps.
     step_s: f64,
@@ -94,16 +100,12 @@ pub fn main(args: &Args) -> anyhow::Result<()> {
         asked => asked,
     };
     let (batch, dim) = (args.batch as usize, text.hidden);
-    let request = BoundaryRequest {
-        hidden: noise(&[batch, positions, dim]),
-        lengths: vec![positions as u32; batch],
-        targets: (0..args.batch).map(|row| Target { row, position: positions as u32 - 1, token: 1 }).collect(),
-    };
+    let request = request(args, positions, files.config.image_tokens(), dim)?;
     llm.check(&request)?;
     let mut seconds = Vec::new();
     for step in 0..=args.steps {
         let started = Instant::now();
-        block_on(InProcess(&llm).train(request.clone()))?;
+        block_on(llm.train(&[&request]))?;
         if step > 0 {
             seconds.push(started.elapsed().as_secs_f64());
         }
@@ -132,6 +134,7 @@ pub fn main(args: &Args) -> anyhow::Result<()> {
         parameters,
         batch: args.batch,
         positions,
+        rank: args.rank,
         load_s,
         step_s,
         step_tokens_per_s: (batch * positions) as f64 / step_s,
@@ -148,8 +151,10 @@ pub fn main(args: &Args) -> anyhow::Result<()> {
         println!("{} parameters of the LLM in {} on {}", figures.parameters, figures.dtype, figures.device);
         println!("loaded in {:.1} s", figures.load_s);
         println!(
-            "step of {batch} x {positions} positions, forward and backward: {:.2} s, {:.0} tokens/s",
-            figures.step_s, figures.step_tokens_per_s
+            "step of {batch} x {positions} positions{}, forward and backward: {:.2} s, {:.0} tokens/s",
+            if args.rank > 0 { format!(" in codes of rank {}", args.rank) } else { String::new() },
+            figures.step_s,
+            figures.step_tokens_per_s
         );
         println!("prompt of {prompt}: {:.2} s, then {:.1} tokens/s", figures.prompt_s, figures.decoded_tokens_per_s);
         println!(
@@ -160,6 +165,28 @@ pub fn main(args: &Args) -> anyhow::Result<()> {
         );
     }
     Ok(())
+}
+
+/// A batch of equally long rows, each with a picture if there is room for one.
+fn request(args: &Args, positions: usize, picture: usize, dim: usize) -> anyhow::Result<BoundaryRequest> {
+    let length = u32::try_from(positions)?;
+    let image = if positions > picture { 1..1 + u32::try_from(picture)? } else { 0..0 };
+    let rows = args.batch as usize;
+    let places = Positions { lengths: vec![length; rows], images: vec![image; rows] };
+    let total = rows.checked_mul(positions).context("this batch is too large; lower --batch or --positions")?;
+    let codes = |part: Part| Some(noise(&[places.counts(part).iter().sum(), args.rank]));
+    let up = || Some(noise(&[dim, args.rank]));
+    let input = match args.rank {
+        0 => Input::Hidden(noise(&[total, dim])),
+        _ => Input::Codes(CodesInput {
+            x: Arc::new(noise(&[total, dim])),
+            codes: Pair { image: codes(Part::Image), text: codes(Part::Text) },
+            up: Arc::new(Pair { image: up(), text: up() }),
+        }),
+    };
+    let position = length.saturating_sub(1);
+    let targets = (0..args.batch).map(|row| Target { row, position, token: 1 }).collect();
+    Ok(BoundaryRequest { input, positions: places, targets, want: Want::Gradient })
 }
 
 /// Embeddings of the size that real ones have, from a fixed seed.

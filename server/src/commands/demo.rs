@@ -3,7 +3,8 @@
 use super::SettingFlags;
 use super::join::take_part;
 use super::serve::{base_url, cancel_on_signal, has_page};
-use crate::app::{App, HeldOutSource, ServerSettings, bind};
+use crate::app::{App, FEATURE_CACHE, HeldOutSource, ServerSettings, bind};
+use crate::coordinator::Federation;
 use crate::device::{ComputeDtype, DeviceChoice};
 use crate::fetch::resolve_model;
 use crate::llm_host::Order;
@@ -12,6 +13,7 @@ use anyhow::Context;
 use fednano_shared::bundle::EdgeDtype;
 use fednano_shared::client::Forgetful;
 use fednano_shared::data::scene::DemoTheme;
+use fednano_shared::ledger::{self, Traffic};
 use fednano_shared::probe::shard;
 use fednano_shared::settings::FederationSettings;
 use fednano_shared::wire::{ClientKind, ParticipantId, Status};
@@ -110,6 +112,7 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
         held_out: HeldOutSource::Demo(args.data_seed),
         evaluation_limit: 0,
         order: Order::Arrival { merge: true },
+        feature_cache: FEATURE_CACHE,
     };
     let shutdown = CancellationToken::new();
     let app = App::start(server, (&device, dtype), shutdown.clone()).await?;
@@ -130,6 +133,7 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
             () = async {
                 let status = federation.finished().await;
                 println!("\nall rounds are done: held-out accuracy {}", accuracies(&status));
+                println!("\nof all participants together, as counted here:\n{}", table(&all_gone(&federation).await));
                 println!("the page stays open for questions until Ctrl-C");
                 std::future::pending::<()>().await;
             } => Ok(()),
@@ -143,7 +147,10 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
             served?;
             anyhow::bail!("the server stopped before the rounds were done");
         }
-        status = federation.finished() => status,
+        status = async {
+            federation.finished().await;
+            all_gone(&federation).await
+        } => status,
         cause = browsers.ended() => {
             anyhow::bail!("{cause}; the federation stands at {}", serde_json::to_string(&federation.status())?);
         }
@@ -154,8 +161,28 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
     };
     browsers.close();
     drop(folder);
+    eprintln!("of all participants together:\n{}", table(&status));
     println!("{}", report(&status, started.elapsed().as_secs_f64()));
     judge(&status, tabs)
+}
+
+/// Whoever is still here after the last round has so long to say goodbye.
+const GOODBYE: Duration = Duration::from_secs(10);
+
+/// The status once all participants are gone, or it took too long: only then are all their bytes counted.
+async fn all_gone(federation: &Federation) -> Status {
+    let since = Instant::now();
+    loop {
+        let status = federation.status();
+        if since.elapsed() > GOODBYE || status.participants.iter().all(|p| !p.connected) {
+            return status;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+fn table(status: &Status) -> String {
+    ledger::table(&Traffic::sum(status.participants.iter().map(|p| &p.traffic)))
 }
 
 fn accuracies(status: &Status) -> String {
@@ -184,7 +211,7 @@ fn join_in_background(number: usize, link: String, args: &Args) -> anyhow::Resul
     Ok(())
 }
 
-/// One JSON line: accuracy before and after each round, who took part, bytes, seconds.
+/// One JSON line: accuracy before and after each round, who took part, bytes by direction and kind, seconds.
 fn report(status: &Status, seconds: f64) -> serde_json::Value {
     let name = |id: &ParticipantId| status.participants.iter().find(|p| p.id == *id).map_or("?", |p| p.name.as_str());
     let rounds: Vec<_> = status

@@ -2,17 +2,19 @@
 
 use crate::datasets::{self, Listing};
 use crate::device::DeviceChoice;
-use crate::edge_download::{fetch_edge, user_cache};
+use crate::edge_download::{download_edge, user_cache};
 use crate::native::{Invite, Lines, SocketConnector, TokioClock};
 use crate::store::{private, write_adapter};
 use anyhow::Context;
 use fednano_shared::client::keep::token_of;
-use fednano_shared::client::{Keeper, Outcome, Participant, participate};
+use fednano_shared::client::{ClientEvent, Keeper, Observer, Outcome, Participant, participate};
 use fednano_shared::data::dataset::Dataset;
 use fednano_shared::data::picture::Preprocess;
 use fednano_shared::data::scene::DemoTheme;
+use fednano_shared::ledger::{self, Traffic};
 use fednano_shared::plain::AdapterState;
 use fednano_shared::probe::shard;
+use fednano_shared::wire::agreement::Offer;
 use fednano_shared::wire::{ClientKind, Hello, Purpose};
 use sha2::{Digest, Sha256};
 use std::fs::{File, OpenOptions, TryLockError};
@@ -50,6 +52,9 @@ pub struct Args {
     /// Tries to reach a server in a row.
     #[arg(long, default_value_t = 60)]
     max_tries: u32,
+    /// File for a timeline of every step, as a Chrome trace (open it in ui.perfetto.dev or chrome://tracing).
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
 }
 
 /// Run it.
@@ -152,7 +157,7 @@ pub async fn take_part<S: Keeper>(
     let invite = Invite::parse(url)?;
     let (device, words) = device.open()?;
     let (link, place) = (invite.clone(), device.clone());
-    let (edge, edge_bytes) = tokio::task::spawn_blocking(move || fetch_edge(&link, &place, None)).await??;
+    let (edge, downloaded) = tokio::task::spawn_blocking(move || download_edge(&link, &place, None)).await??;
     let cache = edge.encode(&data(edge.preprocess())?, |_, _| {}).await?;
     let me = Participant {
         hello: Hello {
@@ -161,9 +166,11 @@ pub async fn take_part<S: Keeper>(
             kind: ClientKind::Native,
             device: words,
             samples: cache.samples.len() as u32,
-            edge_bytes,
+            edge_bytes: downloaded.bytes(),
             purpose: Purpose::Train,
             resume: keeper.kept().await.as_deref().and_then(token_of),
+            offer: Offer::of(&cache, &edge),
+            download: Some(downloaded.id),
         },
         edge: &edge,
         cache: &cache,
@@ -172,7 +179,27 @@ pub async fn take_part<S: Keeper>(
         keep_every: KEEP_EVERY,
     };
     let mut connector = SocketConnector::new(invite.socket, leave);
-    Ok(participate(me, &mut connector, &TokioClock, keeper, &mut Lines(name.to_owned())).await?)
+    let mut teller = Teller { lines: Lines(name.to_owned()), traffic: Traffic::default() };
+    let result = participate(me, &mut connector, &TokioClock, keeper, &mut teller).await;
+    for line in ledger::table(&teller.traffic).lines() {
+        println!("[{name}] {line}");
+    }
+    Ok(result?)
+}
+
+/// Tells in lines, and remembers the bytes.
+struct Teller {
+    lines: Lines,
+    traffic: Traffic,
+}
+
+impl Observer for Teller {
+    fn event(&mut self, event: ClientEvent<'_>) {
+        match event {
+            ClientEvent::Traffic { rounds } => self.traffic = Traffic::sum(rounds.values()),
+            other => self.lines.event(other),
+        }
+    }
 }
 
 /// Most participants of one link, name and data on a machine.

@@ -3,6 +3,7 @@
 pub mod account;
 pub mod ask;
 pub mod bench;
+pub mod bench_wire;
 pub mod check;
 pub mod demo;
 pub mod eval;

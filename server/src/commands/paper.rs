@@ -79,7 +79,10 @@ fn study(args: &Args) -> anyhow::Result<Study> {
 }
 
 /// Where easy-VQA usually is.
-fn easy_vqa() -> anyhow::Result<PathBuf> {
+///
+/// # Errors
+/// It is in none of those places.
+pub(super) fn easy_vqa() -> anyhow::Result<PathBuf> {
     let named = std::env::var_os("FEDNANO_EASY_VQA").map(PathBuf::from);
     let usual = ["data/easy-vqa", "../shared/data/easy-vqa"].map(PathBuf::from);
     let there = |path: &PathBuf| Path::new(path).join("test/questions.json").exists();

@@ -1,7 +1,7 @@
 //! `fednano serve`: page, edge weights and federations on one address.
 
 use super::SettingFlags;
-use crate::app::{App, ServerSettings, bind, held_out_from};
+use crate::app::{App, FEATURE_CACHE, ServerSettings, bind, held_out_from};
 use crate::device::{ComputeDtype, DeviceChoice};
 use crate::fetch::resolve_model;
 use crate::llm_host::Order;
@@ -23,6 +23,9 @@ pub struct Args {
     federations: Vec<String>,
     #[command(flatten)]
     flags: ServeFlags,
+    /// File for a timeline of every step, as a Chrome trace (open it in ui.perfetto.dev or chrome://tracing).
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
     #[command(flatten)]
     settings: SettingFlags,
 }
@@ -58,6 +61,10 @@ pub struct ServeFlags {
     /// whoever else is waiting, and whatever was interrupted.
     #[arg(long)]
     pub reproducible: bool,
+    /// Megabytes of participants' picture features that are kept in memory (mode low-rank); what is dropped for want of room is asked
+    /// for again.
+    #[arg(long, value_name = "MB", default_value_t = FEATURE_CACHE >> 20)]
+    pub feature_cache: usize,
 }
 
 /// Everything that [`run`] needs.
@@ -107,6 +114,7 @@ pub async fn run(options: ServeOptions) -> anyhow::Result<()> {
         held_out,
         evaluation_limit: flags.evaluation_limit,
         order: Order::Arrival { merge: !flags.reproducible },
+        feature_cache: flags.feature_cache.saturating_mul(1 << 20),
     };
     let shutdown = CancellationToken::new();
     let app = App::start(server, (&device, dtype), shutdown.clone()).await?;

@@ -1,7 +1,9 @@
 //! Settings of a federation on the command line: a file, and flags over it.
 
 use anyhow::Context;
-use fednano_shared::settings::{AdapterChoice, FederationSettings, OptimizerKind, Strategy};
+use fednano_shared::settings::{
+    AdapterChoice, BoundaryChoice, FederationSettings, Format, OptimizerKind, Overlap, Rounding, Strategy,
+};
 use serde::Serialize;
 use std::path::PathBuf;
 
@@ -98,6 +100,30 @@ pub struct SettingFlags {
     /// A lost participant is waited for so many seconds.
     #[arg(long)]
     grace_s: Option<u64>,
+    /// What goes over the boundary: activations, low-rank, or auto: whichever is fewer bytes.
+    #[arg(long)]
+    boundary: Option<BoundaryChoice>,
+    /// How picture features are sent: f32, f16 or int8 (low-rank).
+    #[arg(long)]
+    feature_format: Option<Format>,
+    /// How hidden states or codes are sent: f32, f16 or int8.
+    #[arg(long)]
+    code_format: Option<Format>,
+    /// How their gradients come back: f32, f16 or int8.
+    #[arg(long)]
+    gradient_format: Option<Format>,
+    /// How the up matrices and their gradients are sent: f32, f16 or int8 (low-rank).
+    #[arg(long)]
+    matrix_format: Option<Format>,
+    /// How numbers are rounded to those formats: nearest or stochastic.
+    #[arg(long)]
+    rounding: Option<Rounding>,
+    /// Deflate what is sent where that is smaller: true or false.
+    #[arg(long)]
+    compress: Option<bool>,
+    /// While the server computes: off, parts (send the next part of the step) or stale (the next step's batch too).
+    #[arg(long)]
+    overlap: Option<Overlap>,
 }
 
 impl SettingFlags {
@@ -187,7 +213,7 @@ mod tests {
     #[test]
     fn every_flag_is_a_key_and_goes_over_the_file() {
         let file = file("rank = 4\nrounds = 9\nstrategy = \"median\"\nmin_updates = 2\n");
-        let flags = flags(&["--rounds", "3", "--adapters", "text", "--min-participants", "2"]);
+        let flags = flags(&["--rounds", "3", "--adapters", "text", "--min-participants", "2", "--compress", "true"]);
         let settings = flags.over(file, FederationSettings { seed: 7, ..Default::default() }).unwrap();
         let expected = FederationSettings {
             rank: 4,
@@ -196,6 +222,7 @@ mod tests {
             adapters: AdapterChoice::Text,
             min_updates: 2,
             min_participants: 2,
+            compress: true,
             seed: 7,
             ..Default::default()
         };

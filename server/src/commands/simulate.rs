@@ -4,15 +4,15 @@ use super::SettingFlags;
 use crate::device::{ComputeDtype, DeviceChoice};
 use crate::experiment::config::{Config, FEDERATION, Places, SIMULATION, Task};
 use crate::experiment::figures::Tested;
-use crate::experiment::run::{Done, RoundLine, Run, Watch, run, sum};
+use crate::experiment::run::{Done, RoundLine, Run, Watch, run};
 use crate::experiment::stage::{Exam, Stage};
 use crate::experiment::statistics::Spread;
 use crate::fetch::resolve_model;
 use crate::store::{Store, TemporaryFolder};
 use anyhow::Context;
 use fednano_shared::bundle::EdgeDtype;
+use fednano_shared::ledger::{self, Traffic};
 use fednano_shared::settings::{FederationSettings, put_over};
-use fednano_shared::wire::Traffic;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use std::cell::RefCell;
@@ -38,6 +38,9 @@ pub struct Args {
     /// Folder for adapters and state (a temporary one otherwise); each run is a federation there, named by its seed.
     #[arg(long)]
     data_dir: Option<PathBuf>,
+    /// File for a timeline of every step, as a Chrome trace (open it in ui.perfetto.dev or chrome://tracing).
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
     #[command(flatten)]
     settings: SettingFlags,
 }
@@ -139,6 +142,7 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
     bar.finish_and_clear();
     lines.close()?;
     print!("{}", table(&exam, &zero_shot, &done));
+    print!("{}", bytes(&done));
     if let Some(path) = &args.json {
         let runs: Vec<serde_json::Value> = done.iter().map(report).collect();
         let (constant, question_only) = exam.baselines;
@@ -269,9 +273,8 @@ fn table(exam: &Exam, zero_shot: &Tested, done: &[Finished<'_>]) -> String {
     let percent = |share: f64| format!("{:.1} %", share * 100.0);
     for (name, settings, run) in done {
         let clients = run.traffic.len().max(1) as f64 * 1e6;
-        let all = sum(run.traffic.iter());
-        let up = (all.activations_up + all.updates_up + all.control_up) as f64 / clients;
-        let down = (all.gradients_down + all.adapters_down + all.control_down) as f64 / clients;
+        let all = Traffic::sum(&run.traffic);
+        let (up, down) = (all.up.total() as f64 / clients, all.down.total() as f64 / clients);
         text += &format!(
             "{name:<22} {:<13} {:>9} {:>12} {up:>10.2} {down:>10.2} {:>9.1}\n",
             settings.strategy,
@@ -300,13 +303,26 @@ fn table(exam: &Exam, zero_shot: &Tested, done: &[Finished<'_>]) -> String {
     text
 }
 
+/// The ledger of each run by kind.
+fn bytes(done: &[Finished<'_>]) -> String {
+    let of = |(name, _, run): &Finished<'_>| {
+        let clients = run.traffic.len();
+        format!(
+            "\n{name}, all of {clients} client{}:\n{}",
+            if clients == 1 { "" } else { "s" },
+            ledger::table(&run.ledger.total)
+        )
+    };
+    done.iter().map(of).collect()
+}
+
 /// A run for `--json`.
 fn report((name, settings, run): &Finished<'_>) -> serde_json::Value {
     let samples: Vec<usize> = run.figures.clients.iter().map(|c| c.samples).collect();
     let traffic: &[Traffic] = &run.traffic;
     serde_json::json!({
         "name": name, "settings": settings, "samples": samples, "rounds": run.history, "final": run.figures.used().together,
-        "figures": run.figures, "traffic": traffic, "seconds": run.seconds,
+        "figures": run.figures, "traffic": traffic, "ledger": run.ledger, "seconds": run.seconds,
     })
 }
 

@@ -1,10 +1,9 @@
 //! Who takes part: joining, coming back, and what participants are told and shown.
 
-use super::{Coordinator, Joined, OUTBOX};
+use super::{Account, Coordinator, Joined, OUTBOX};
 use crate::store::{Metrics, SavedParticipant};
 use fednano_shared::wire::{
     Fault, FaultCode, Hello, LocalEvaluation, ParticipantId, ParticipantStatus, ServerMessage, SessionToken, Status,
-    Traffic,
 };
 use tokio::sync::mpsc;
 
@@ -19,15 +18,16 @@ pub(super) struct Participant {
     pub(super) progress: (u32, u32),
     pub(super) loss: Option<f32>,
     pub(super) local: Option<LocalEvaluation>,
-    pub(super) traffic: Traffic,
+    pub(super) account: Account,
     pub(super) outbox: Option<mpsc::Sender<ServerMessage>>,
     pub(super) connection: u64,
 }
 
 impl Participant {
     /// One that is not here, or not yet; with its bytes so far and its last own judgement.
-    pub(super) fn away(saved: SavedParticipant, (traffic, local): Metrics) -> Self {
-        Self { saved, progress: (0, 0), loss: None, local, traffic, outbox: None, connection: 0 }
+    pub(super) fn away(saved: SavedParticipant, metrics: Metrics) -> Self {
+        let (local, account) = (metrics.local, Account::kept(metrics.traffic));
+        Self { saved, progress: (0, 0), loss: None, local, account, outbox: None, connection: 0 }
     }
 }
 
@@ -87,8 +87,12 @@ impl Coordinator {
         }
         p.saved = saved;
         (p.progress, p.loss) = ((0, 0), None);
-        // The same download is announced again by a program that comes back.
-        p.traffic.edge_down = p.traffic.edge_down.max(hello.edge_bytes);
+        let counted = hello.download.as_deref().zip(self.downloads.get()).and_then(|(id, claim)| claim(id));
+        match counted {
+            Some(bytes) => p.account.download(bytes),
+            // Counted by nobody here, or forgotten.
+            None => p.account.announced(hello.edge_bytes),
+        }
         p.connection += 1;
         let connection = p.connection;
         tracing::info!(federation = self.name, participant = id.0, again = known.is_some(), "joined");
@@ -125,7 +129,7 @@ impl Coordinator {
             updated: self.machine.updated(*id),
             selected: self.machine.selected(*id),
             local: p.local,
-            traffic: p.traffic,
+            traffic: p.account.total(),
         });
         Status {
             federation: self.name.clone(),
@@ -147,26 +151,6 @@ impl Coordinator {
         }
         self.shown.send_replace(status);
     }
-
-    /// Put on disk what the participants' table shows of everybody; what comes in between is lost with a kill.
-    ///
-    /// # Errors
-    /// A write that failed.
-    pub(super) fn keep_metrics(&self) -> anyhow::Result<()> {
-        let metrics: Vec<_> = self.participants.iter().map(|(id, p)| (*id, p.traffic, p.local)).collect();
-        self.store.metrics(&metrics)
-    }
-}
-
-/// Bytes on top of others.
-pub(super) fn add(sum: &mut Traffic, t: &Traffic) {
-    sum.activations_up += t.activations_up;
-    sum.updates_up += t.updates_up;
-    sum.control_up += t.control_up;
-    sum.gradients_down += t.gradients_down;
-    sum.adapters_down += t.adapters_down;
-    sum.control_down += t.control_down;
-    sum.edge_down += t.edge_down;
 }
 
 fn taken_over() -> Fault {

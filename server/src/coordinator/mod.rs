@@ -1,5 +1,5 @@
 //! The owner task of a federation and the cheap handle to it. All state lives in the task; the rules are in [`round`], who takes
-//! part in `members`, merging and judging in `evaluation`, going on after a restart in `restore`.
+//! part in `members`, merging and judging in `evaluation`, bytes in `ledger`, going on after a restart in `restore`.
 //!
 //! What is told is on disk already: a round before its `Round`, an update before its `UpdateAccepted`, a participant before its
 //! `Welcome`, a merge before the next round. So a server that is killed anywhere goes on as if nothing had happened: whoever was
@@ -7,26 +7,30 @@
 //! thread of the runtime, which must have several: nothing could be said before it is done anyway.
 
 mod evaluation;
+mod ledger;
 mod members;
 mod restore;
 pub mod round;
 
 use crate::held_out::HeldOut;
 use crate::llm_host::LlmHandle;
-use crate::store::Store;
+use crate::store::{Metrics, Store};
 use evaluation::{Judged, Pending};
 use fednano_shared::aggregate::{self, StrategyState};
+use fednano_shared::ledger::{AFTER, Traffic};
 use fednano_shared::plain::AdapterState;
 use fednano_shared::settings::FederationSettings;
 use fednano_shared::wire::{
     Fault, FaultCode, Hello, LocalEvaluation, ParticipantId, Phase, Purpose, RoundResult, ServerMessage, SessionToken,
-    Status, Traffic, Update,
+    Status, Update,
 };
+use ledger::Account;
+pub use ledger::{Claim, Ledger, ParticipantLedger};
 use members::Participant;
 pub use restore::{Founding, start};
 use round::{Action, Event, Machine, Refusal};
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::block_in_place;
@@ -38,7 +42,7 @@ const OUTBOX: usize = 32;
 /// The machine is given time this often, and changes are shown at most this often.
 const TICK: Duration = Duration::from_millis(200);
 /// What a participant sends after `Finished` belongs to this round: its personal adapters, which nobody merges.
-pub const AFTER_ROUNDS: u32 = u32::MAX;
+pub const AFTER_ROUNDS: u32 = AFTER;
 
 /// What a session gets when it is let in.
 pub struct Joined {
@@ -59,11 +63,12 @@ pub struct Joined {
 }
 
 enum Command {
-    Join(Hello, oneshot::Sender<Result<Joined, Fault>>),
+    Join(Box<Hello>, oneshot::Sender<Result<Joined, Fault>>),
     Update(ParticipantId, Box<Update>),
     Personal(ParticipantId, LocalEvaluation),
     Progress(ParticipantId, u32, (u32, u32), f32),
-    Traffic(ParticipantId, Box<Traffic>),
+    Traffic(Option<ParticipantId>, BTreeMap<u32, Traffic>),
+    Ledger(oneshot::Sender<Ledger>),
     Lost(ParticipantId, u64),
     Left(ParticipantId, u64),
     Judged(Box<Judged>),
@@ -77,6 +82,8 @@ pub struct Federation {
     status: watch::Receiver<Status>,
     adapter: watch::Receiver<AdapterState>,
     failure: watch::Receiver<Option<Fault>>,
+    downloads: Arc<OnceLock<Claim>>,
+    settings: Arc<FederationSettings>,
 }
 
 impl Federation {
@@ -93,7 +100,7 @@ impl Federation {
                 remedy: "ask the operator, or try again after a restart".into(),
             })
         };
-        self.commands.send(Command::Join(hello, reply)).await.map_err(|_| gone())?;
+        self.commands.send(Command::Join(Box::new(hello), reply)).await.map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?
     }
 
@@ -112,9 +119,23 @@ impl Federation {
         drop(self.commands.send(Command::Progress(from, round, progress, loss)).await);
     }
 
-    /// Add bytes.
-    pub async fn traffic(&self, of: ParticipantId, traffic: Traffic) {
-        drop(self.commands.send(Command::Traffic(of, Box::new(traffic))).await);
+    /// Add bytes by round: what a session has counted since it did this last. None: its connection only asks.
+    pub async fn traffic(&self, of: impl Into<Option<ParticipantId>>, rounds: BTreeMap<u32, Traffic>) {
+        drop(self.commands.send(Command::Traffic(of.into(), rounds)).await);
+    }
+
+    /// All bytes so far, as sessions have handed them over: they do it once a second, and at their end. None: it has ended.
+    pub async fn ledger(&self) -> Option<Ledger> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(Command::Ledger(reply)).await.ok()?;
+        answer.await.ok()
+    }
+
+    /// Who counts downloads of the edge bundle; a participant whose introduction names one is asked for there. Said once.
+    pub fn count_downloads(&self, claim: Claim) {
+        if self.downloads.set(claim).is_err() {
+            tracing::warn!("a federation is served twice: downloads are counted where it was first");
+        }
     }
 
     /// A connection is gone.
@@ -125,6 +146,11 @@ impl Federation {
     /// A participant left for good, over this connection.
     pub async fn left(&self, id: ParticipantId, connection: u64) {
         drop(self.commands.send(Command::Left(id, connection)).await);
+    }
+
+    /// What was agreed.
+    pub fn settings(&self) -> &FederationSettings {
+        &self.settings
     }
 
     /// The federation now.
@@ -180,6 +206,8 @@ struct Coordinator {
     history: Vec<RoundResult>,
     global: AdapterState,
     strategy: StrategyState,
+    questions: Account, // of connections that only ask
+    downloads: Arc<OnceLock<Claim>>,
     pending: Option<Pending>, // a merge that is being judged
     round_started: Instant,
     clock: Instant,
@@ -204,6 +232,8 @@ impl Coordinator {
                         let _ = reply.send(());
                         return;
                     }
+                    // Also of a federation that has failed.
+                    Some(Command::Ledger(reply)) => drop(reply.send(self.ledger())),
                     // Often, and never written down at once.
                     Some(command @ (Command::Progress(..) | Command::Traffic(..))) => self.handle(command),
                     // The disk may take its time: the runtime's other tasks go on elsewhere.
@@ -230,7 +260,7 @@ impl Coordinator {
     }
 
     /// Close the store.
-    fn end(self) {
+    fn end(mut self) {
         if self.failed().is_none()
             && let Err(cause) = self.keep_metrics()
         {
@@ -266,7 +296,7 @@ impl Coordinator {
     /// A write that failed.
     fn take(&mut self, command: Command) -> anyhow::Result<()> {
         match command {
-            Command::Join(hello, reply) => match self.join(hello) {
+            Command::Join(hello, reply) => match self.join(*hello) {
                 Ok(joined) => {
                     let id = joined.id;
                     if reply.send(Ok(joined)).is_ok() {
@@ -284,7 +314,8 @@ impl Coordinator {
                 let asked = self.settings.local_test > 0.0;
                 if let Some(p) = self.participants.get_mut(&id) {
                     p.local = Some(local).filter(|_| asked).and_then(|l| evaluation::plausible(l, p.saved.samples));
-                    self.store.metrics(&[(id, p.traffic, p.local)])?;
+                    self.store.metrics(&[(id, Metrics { traffic: p.account.unsaved(), local: p.local })])?;
+                    p.account.saved();
                 }
                 self.llm.release(id);
             }
@@ -294,11 +325,7 @@ impl Coordinator {
                     p.loss = Some(loss);
                 }
             }
-            Command::Traffic(id, t) => {
-                if let Some(p) = self.participants.get_mut(&id) {
-                    members::add(&mut p.traffic, &t);
-                }
-            }
+            Command::Traffic(of, rounds) => self.count(of, &rounds),
             Command::Lost(id, connection) => {
                 if let Some(p) = self.participants.get_mut(&id).filter(|p| p.connection == connection) {
                     p.outbox = None;
@@ -314,7 +341,8 @@ impl Coordinator {
                 }
             }
             Command::Judged(judged) => self.judged(*judged)?,
-            Command::Stop(reply) => drop(reply), // `run` has taken it
+            Command::Ledger(reply) => drop(reply), // `run` has taken these
+            Command::Stop(reply) => drop(reply),
         }
         Ok(())
     }

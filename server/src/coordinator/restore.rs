@@ -1,8 +1,9 @@
 //! The beginning of a federation, and going on after a restart.
 
+use super::ledger::ASKERS;
 use super::members::Participant;
 use super::round::{Limits, Machine, Open, Saved};
-use super::{COMMANDS, Coordinator, Federation, Opened};
+use super::{Account, COMMANDS, Coordinator, Federation, Opened};
 use crate::held_out::HeldOut;
 use crate::llm_host::LlmHandle;
 use crate::store::{NewFederation, SavedFederation, SavedParticipant, Store};
@@ -12,7 +13,7 @@ use fednano_shared::settings::FederationSettings;
 use fednano_shared::wire::{Phase, Status};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 use tokio::sync::{mpsc, watch};
 
@@ -55,6 +56,7 @@ pub fn start(founding: Founding, llm: LlmHandle, held_out: Arc<HeldOut>, store: 
     );
     let machine = Machine::new(Limits::of(&settings), &machine(&saved));
     let mut metrics = saved.metrics;
+    let questions = metrics.remove(&ASKERS).unwrap_or_default().traffic;
     let away = |p: SavedParticipant| {
         let metrics = metrics.remove(&p.id).unwrap_or_default();
         (p.id, Participant::away(p, metrics))
@@ -67,6 +69,8 @@ pub fn start(founding: Founding, llm: LlmHandle, held_out: Arc<HeldOut>, store: 
         open: saved.open.map(|o| Opened { round: o.round, assigned: o.assigned.into_iter().collect() }),
         history: saved.history,
         strategy: saved.state,
+        questions: Account::kept(questions),
+        downloads: Arc::new(OnceLock::new()),
         pending: None,
         round_started: Instant::now(),
         clock: Instant::now(),
@@ -96,6 +100,8 @@ pub fn start(founding: Founding, llm: LlmHandle, held_out: Arc<HeldOut>, store: 
         status: coordinator.shown.subscribe(),
         adapter: coordinator.shown_adapter.subscribe(),
         failure: coordinator.failure.subscribe(),
+        settings: Arc::new(coordinator.settings.clone()),
+        downloads: coordinator.downloads.clone(),
     };
     if coordinator.history.is_empty() {
         coordinator.judge(Vec::new());

@@ -1,8 +1,9 @@
 //! What a run gives. Everything here is the same whenever a run is repeated on the same machine; how long it took stands apart.
 
 use super::config::Task;
+use fednano_shared::ledger::Traffic;
 use fednano_shared::step::Evaluation;
-use fednano_shared::wire::{RoundResult, Traffic};
+use fednano_shared::wire::RoundResult;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -95,15 +96,15 @@ pub struct ClientFigures {
     pub local: Option<Evaluation>,
 }
 
-/// Bytes of a client in a whole run, by kind; mean over clients. Control messages are left out: how often the status is sent depends
-/// on the machine.
+/// Bytes of a client in a whole run, as four sums of the ledger's kinds; mean over clients. Control is left out: how often the status
+/// is sent depends on the machine. (Runs from before the ledger counted the head of each of these messages with it.)
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct Bytes {
-    /// Activations.
+    /// What the LLM is asked with: features, tokens, hidden states or codes, `up` matrices, labels.
     pub activations_up: u64,
     /// Adapters and Fisher values.
     pub updates_up: u64,
-    /// Gradients and evaluations.
+    /// What it answers: gradients, squares of them, evaluations.
     pub gradients_down: u64,
     /// Merged adapters.
     pub adapters_down: u64,
@@ -112,12 +113,13 @@ pub struct Bytes {
 impl Bytes {
     /// Mean over clients.
     pub fn mean(of: &[Traffic]) -> Self {
-        let mean = |value: fn(&Traffic) -> u64| of.iter().map(value).sum::<u64>() / of.len().max(1) as u64;
+        let Traffic { up, down } = Traffic::sum(of);
+        let mean = |sum: u64| sum / of.len().max(1) as u64;
         Self {
-            activations_up: mean(|t| t.activations_up),
-            updates_up: mean(|t| t.updates_up),
-            gradients_down: mean(|t| t.gradients_down),
-            adapters_down: mean(|t| t.adapters_down),
+            activations_up: mean(up.features + up.text + up.activations + up.codes + up.matrices + up.labels),
+            updates_up: mean(up.adapters + up.fisher),
+            gradients_down: mean(down.gradients + down.fisher + down.matrices + down.predictions),
+            adapters_down: mean(down.adapters),
         }
     }
 
@@ -199,6 +201,7 @@ pub struct Contribution {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use fednano_shared::ledger::Kind;
 
     fn evaluation(accuracy: f64, samples: usize) -> Evaluation {
         Evaluation { accuracy, loss: accuracy * 2.0, samples }
@@ -217,6 +220,30 @@ mod tests {
         let alone = Tested::of(BTreeMap::from([(Task::Data, evaluation(0.4, 30))]));
         assert!(alone.tasks.is_empty() && alone.together.accuracy == 0.4);
         assert!(Tested::mean(&[]).is_none());
+    }
+
+    #[test]
+    fn the_ledger_makes_four_sums() {
+        let mut one = Traffic::default();
+        for (number, kind) in (0..).zip(Kind::ALL) {
+            one.up.count(kind, 1 << number);
+            one.down.count(kind, 1 << number);
+        }
+        let of = |kinds: &[Kind]| kinds.iter().map(|kind| one.up.get(*kind)).sum::<u64>();
+        use Kind::*;
+        let expected = Bytes {
+            activations_up: of(&[Features, Text, Activations, Codes, Matrices, Labels]),
+            updates_up: of(&[Adapters, Fisher]),
+            gradients_down: of(&[Gradients, Fisher, Matrices, Predictions]),
+            adapters_down: of(&[Adapters]),
+        };
+        assert_eq!(Bytes::mean(&[one, one]), expected);
+        assert_eq!(Bytes::mean(&[]), Bytes::default());
+        // A line from before the ledger.
+        let old = r#"{"activations_up":4,"updates_up":3,"gradients_down":2,"adapters_down":1}"#;
+        let bytes: Bytes = serde_json::from_str(old).unwrap();
+        assert_eq!((bytes.up(), bytes.down()), (7, 3));
+        assert_eq!(serde_json::to_string(&bytes).unwrap(), old);
     }
 
     #[test]

@@ -2,7 +2,9 @@
 
 use super::config::{Simulation, Task};
 use super::merges::Rule;
-use fednano_shared::settings::{AdapterChoice, FederationSettings, Strategy};
+use fednano_shared::settings::{
+    AdapterChoice, BoundaryChoice, FederationSettings, Format, Overlap, Rounding, Strategy,
+};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::fmt;
@@ -171,6 +173,15 @@ pub fn base(size: Size) -> (Simulation, FederationSettings) {
         fisher_samples: 40,
         local_test: 0.2,
         round_deadline_s: 86_400,
+        // The plain boundary, whatever the defaults are: runs stay comparable.
+        boundary: BoundaryChoice::Activations,
+        feature_format: Format::F32,
+        code_format: Format::F32,
+        gradient_format: Format::F32,
+        matrix_format: Format::F32,
+        rounding: Rounding::Nearest,
+        compress: false,
+        overlap: Overlap::Off,
         ..Default::default()
     };
     let study = Simulation {

@@ -3,6 +3,7 @@
 
 use super::figures::Figures;
 use super::grid::Plan;
+use super::merges::Rule;
 use anyhow::{Context, ensure};
 use fednano_shared::bundle::sha256_hex;
 use fednano_shared::settings::FederationSettings;
@@ -44,12 +45,36 @@ pub fn key(plan: &Plan, seed: Option<u64>, samples: &str) -> anyhow::Result<Stri
     simulation.model.clear();
     simulation.data = PathBuf::new();
     simulation.seeds.clear();
-    let settings = FederationSettings { seed: seed.unwrap_or(0), ..plan.settings.clone() };
-    let rules: Vec<(&str, &FederationSettings)> = plan.rules.iter().map(|r| (r.name.as_str(), &r.settings)).collect();
-    let text = serde_json::to_vec(&(FORMAT, simulation, settings, seed.is_some(), rules, samples))?;
-    let mut key = sha256_hex(&text);
+    let settings = text(&FederationSettings { seed: seed.unwrap_or(0), ..plan.settings.clone() })?;
+    let rule = |r: &Rule| anyhow::Ok(format!("[{},{}]", serde_json::to_string(&r.name)?, text(&r.settings)?));
+    let rules = plan.rules.iter().map(rule).collect::<anyhow::Result<Vec<_>>>()?.join(",");
+    let (simulation, samples) = (serde_json::to_string(&simulation)?, serde_json::to_string(samples)?);
+    let mut key =
+        sha256_hex(format!("[{FORMAT},{simulation},{settings},{},[{rules}],{samples}]", seed.is_some()).as_bytes());
     key.truncate(24);
     Ok(key)
+}
+
+/// Settings that came after the first records, with the values that those had: `(key, value)` in JSON.
+const LATER: [(&str, &str); 8] = [
+    ("boundary", "\"activations\""),
+    ("feature_format", "\"f32\""),
+    ("code_format", "\"f32\""),
+    ("gradient_format", "\"f32\""),
+    ("matrix_format", "\"f32\""),
+    ("rounding", "\"nearest\""),
+    ("compress", "false"),
+    ("overlap", "\"off\""),
+];
+
+/// Settings as JSON, without the later ones where they are as they always were: so the first records are found still.
+fn text(settings: &FederationSettings) -> anyhow::Result<String> {
+    let mut text = serde_json::to_string(settings)?; // one flat object, its keys in the order of the struct
+    for (key, value) in LATER {
+        // None of them is the first key, so there is a comma before it.
+        text = text.replacen(&format!(",\"{key}\":{value}"), "", 1);
+    }
+    Ok(text)
 }
 
 /// All finished runs of a file.
@@ -123,6 +148,7 @@ mod tests {
     use super::super::grid::{Size, cells};
     use super::*;
     use crate::store::TemporaryFolder;
+    use fednano_shared::settings::{BoundaryChoice, Format, Overlap};
 
     fn record(key: &str, cell: &str, seed: u64) -> Record {
         let tested = Tested::of(BTreeMap::new());
@@ -161,6 +187,35 @@ mod tests {
         assert_eq!(Records::open(&path).unwrap().of_cell("y").len(), 2);
         std::fs::write(&path, "nonsense\n").unwrap();
         assert!(Records::open(&path).unwrap_err().to_string().contains("line 1"));
+    }
+
+    /// The settings as they were hashed before there was a choice of the boundary.
+    #[test]
+    fn the_plain_boundary_leaves_keys_as_they_were() {
+        let plan = cells(Size::Quick).remove(0).plan;
+        let plain = text(&plan.settings).unwrap();
+        let all = serde_json::to_value(&plan.settings).unwrap();
+        let left: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&plain).unwrap();
+        for (key, value) in LATER {
+            assert_eq!(all[key].to_string(), value, "the study is not pinned to the plain {key}");
+            assert!(!left.contains_key(key), "{key}");
+        }
+        assert_eq!(left.len() + LATER.len(), all.as_object().unwrap().len());
+        assert!(plain.starts_with("{\"rank\":") && plain.ends_with("\"grace_s\":20}"), "{plain}");
+
+        let key = |settings: FederationSettings| key(&Plan { settings, ..plan.clone() }, Some(1), "s").unwrap();
+        let base = plan.settings.clone();
+        let mut keys = vec![
+            key(base.clone()),
+            key(FederationSettings { boundary: BoundaryChoice::LowRank, ..base.clone() }),
+            key(FederationSettings { code_format: Format::F16, ..base.clone() }),
+            key(FederationSettings { gradient_format: Format::F16, ..base.clone() }),
+            key(FederationSettings { overlap: Overlap::Parts, ..base.clone() }),
+            key(FederationSettings { compress: true, ..base }),
+        ];
+        keys.sort();
+        keys.dedup();
+        assert_eq!(keys.len(), 6);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use super::figures::{Bytes, ClientFigures, Figures, RoundFigures, Tested, short}
 use super::merges::{self, Rule};
 use super::stage::{Exam, Stage, judge};
 use super::tap::{Heard, Tapped};
-use crate::coordinator::{self, Federation, Founding};
+use crate::coordinator::{self, Federation, Founding, Ledger};
 use crate::held_out::HeldOut;
 use crate::llm_host::LlmHandle;
 use crate::native::{ChannelConnector, TokioClock};
@@ -15,10 +15,12 @@ use crate::store::Store;
 use anyhow::Context;
 use fednano_shared::client::{ClientEvent, Forgetful, Observer, Outcome, Participant, participate, test_samples};
 use fednano_shared::edge::FeatureCache;
+use fednano_shared::ledger::Traffic;
 use fednano_shared::plain::AdapterState;
 use fednano_shared::settings::{FederationSettings, Strategy};
 use fednano_shared::step::Evaluation;
-use fednano_shared::wire::{ClientKind, Hello, LocalEvaluation, ParticipantId, Purpose, RoundResult, Status, Traffic};
+use fednano_shared::wire::agreement::Offer;
+use fednano_shared::wire::{ClientKind, Hello, LocalEvaluation, ParticipantId, Purpose, RoundResult, Status};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use serde::Serialize;
 use std::cell::{Cell, RefCell};
@@ -77,7 +79,7 @@ pub struct RoundLine<'a> {
     pub participants: &'a [ParticipantId],
     /// Whose late ones.
     pub late: &'a [ParticipantId],
-    /// Bytes of all participants since the beginning, by kind, as reported so far: sessions do it once a second.
+    /// Bytes of all participants since the beginning, by direction and kind, as reported so far: sessions do it once a second.
     pub bytes: Traffic,
     /// From broadcast to evaluated.
     pub seconds: f64,
@@ -93,6 +95,8 @@ pub struct Done {
     pub history: Vec<RoundResult>,
     /// Bytes by client, control messages included.
     pub traffic: Vec<Traffic>,
+    /// The same by round.
+    pub ledger: Ledger,
     /// Seconds in all.
     pub seconds: f64,
 }
@@ -122,11 +126,8 @@ pub async fn run(stage: &Stage, host: &LlmHandle, run: &Run<'_>, watch: &Watch<'
     };
     let store = Store::open(run.folder, run.name)?;
     let federation = coordinator::start(founding, host.clone(), exam.held_out.clone(), store)?;
-    let shared = Shared {
-        federations: BTreeMap::from([(run.name.to_owned(), federation.clone())]),
-        llm: host.clone(),
-        shutdown: CancellationToken::new(),
-    };
+    let federations = BTreeMap::from([(run.name.to_owned(), federation.clone())]);
+    let shared = Shared::new(federations, host.clone(), CancellationToken::new(), &stage.side);
     let heard = (!run.rules.is_empty()).then(Rc::<RefCell<Heard>>::default);
     let rounds = Rounds { run, watch, told: Cell::new(0) };
     let outcomes = tokio::select! {
@@ -137,12 +138,13 @@ pub async fn run(stage: &Stage, host: &LlmHandle, run: &Run<'_>, watch: &Watch<'
     let outcomes = outcomes.with_context(|| format!("the run '{}' broke off", run.name))?;
     let status = settled(&federation).await;
     rounds.tell(&status);
+    let ledger = federation.ledger().await.context("the federation has ended before its bytes were added up")?;
     let adapter = federation.adapter();
     federation.stop().await;
     host.release_all(); // whatever is still expected of this federation, nobody will send
 
     let own: Vec<Option<AdapterState>> = outcomes.into_iter().map(own_adapter).collect::<anyhow::Result<_>>()?;
-    let traffic: Vec<Traffic> = status.participants.iter().map(|p| p.traffic).collect();
+    let traffic: Vec<Traffic> = ledger.participants.iter().map(|p| p.total).collect();
     let merges = match heard {
         Some(heard) => {
             let known: BTreeMap<u32, Evaluation> = status.history.iter().map(|r| (r.round, r.held_out)).collect();
@@ -162,7 +164,8 @@ pub async fn run(stage: &Stage, host: &LlmHandle, run: &Run<'_>, watch: &Watch<'
         bytes: Bytes::mean(&traffic),
         merges,
     };
-    Ok(Done { figures, adapter, history: status.history, traffic, seconds: started.elapsed().as_secs_f64() })
+    let seconds = started.elapsed().as_secs_f64();
+    Ok(Done { figures, adapter, history: status.history, traffic, ledger, seconds })
 }
 
 /// Each client's samples; `rows` are those that it never trains on.
@@ -225,6 +228,8 @@ async fn client(
             edge_bytes: 0,
             purpose: Purpose::Train,
             resume: None,
+            offer: Offer::of(&set.cache, &set.edge),
+            download: None,
         },
         edge: &set.edge,
         cache: &set.cache,
@@ -281,25 +286,12 @@ impl Rounds<'_> {
                 local: r.local,
                 participants: &r.participants,
                 late: &r.late,
-                bytes: sum(status.participants.iter().map(|p| &p.traffic)),
+                bytes: Traffic::sum(status.participants.iter().map(|p| &p.traffic)),
                 seconds: r.seconds,
             });
         }
         self.told.set(status.history.len().max(self.told.get()));
     }
-}
-
-/// Bytes of several participants together.
-pub fn sum<'a>(of: impl Iterator<Item = &'a Traffic>) -> Traffic {
-    of.fold(Traffic::default(), |sum, t| Traffic {
-        activations_up: sum.activations_up + t.activations_up,
-        updates_up: sum.updates_up + t.updates_up,
-        control_up: sum.control_up + t.control_up,
-        gradients_down: sum.gradients_down + t.gradients_down,
-        adapters_down: sum.adapters_down + t.adapters_down,
-        control_down: sum.control_down + t.control_down,
-        edge_down: sum.edge_down + t.edge_down,
-    })
 }
 
 /// The federation's status once all sessions have ended: only then are all bytes reported.

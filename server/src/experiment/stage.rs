@@ -4,18 +4,22 @@
 use super::config::{Simulation, Task};
 use super::corpus::{self, Corpus, Held, Part};
 use super::figures::Tested;
+use crate::app::FEATURE_CACHE;
 use crate::edge_bundle;
 use crate::held_out::HeldOut;
 use crate::llm_host::{self, LlmHandle, Order};
+use crate::session::ModelSide;
+use crate::text_table::TextTable;
 use anyhow::Context;
 use burn::tensor::Device;
 use fednano_shared::bundle::sha256_hex;
-use fednano_shared::edge::{CachedSample, FeatureCache, NanoEdge};
+use fednano_shared::edge::{CachedSample, FeatureCache, NanoEdge, PictureFeatures};
 use fednano_shared::model::checkpoint::load_llm;
 use fednano_shared::model::files::{ModelFiles, weight_files};
 use fednano_shared::plain::AdapterState;
 use fednano_shared::settings::Strategy;
 use fednano_shared::step::{Evaluation, FrozenLlm};
+use fednano_shared::wire::convert::Shapes;
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::Read;
@@ -36,12 +40,14 @@ pub struct Stage {
     pub(super) dim: usize,
     pub(super) edge: Arc<NanoEdge>,
     pub(super) device: Device,
+    /// What sessions need beside an LLM.
+    pub(super) side: ModelSide,
     /// The device in words.
     pub device_name: String,
     /// One LLM each, for runs side by side.
     pub hosts: Vec<LlmHandle>,
     corpora: BTreeMap<Task, Corpus>,
-    features: Mutex<HashMap<Place, Arc<[f32]>>>,
+    features: Mutex<HashMap<Place, Arc<PictureFeatures>>>,
     exams: Mutex<BTreeMap<ExamKey, Arc<Exam>>>,
     hash: String,
 }
@@ -87,12 +93,19 @@ impl Stage {
             .map(|task| Ok((*task, Corpus::open(*task, &simulation.data)?)))
             .collect::<anyhow::Result<BTreeMap<_, _>>>()?;
         let hash = hash(model, &bundle.model_hash)?;
+        let side = ModelSide {
+            table: Arc::new(TextTable::read(&files)?),
+            shape: Shapes { dim: files.config.text.hidden, image_positions: files.config.image_tokens() },
+            feature_cache: FEATURE_CACHE,
+            lockstep: true,
+        };
         Ok(Self {
             model: bundle.model_hash,
             model_dir: model.canonicalize().unwrap_or_else(|_| model.to_owned()).display().to_string(),
             dim: files.config.text.hidden,
             edge,
             device,
+            side,
             device_name,
             hosts,
             corpora,
@@ -180,15 +193,15 @@ impl Stage {
         Ok(FeatureCache { pictures, samples })
     }
 
-    async fn feature(&self, place: Place) -> anyhow::Result<Arc<[f32]>> {
+    async fn feature(&self, place: Place) -> anyhow::Result<Arc<PictureFeatures>> {
         if let Some(known) = self.features.lock().unwrap_or_else(PoisonError::into_inner).get(&place) {
             return Ok(known.clone());
         }
         let (task, part, number) = place;
         let image = self.corpora.get(&task).and_then(|corpus| corpus.part(part).pictures.get(number));
         let picture = image.with_context(|| format!("the task {task} has no picture {number}"))?.open()?;
-        let mut features = self.edge.image_features(&[&*picture]).await?;
-        let features: Arc<[f32]> = features.pop().context("a picture has no features")?.into();
+        let mut features = self.edge.picture_features(&[&*picture]).await?;
+        let features = features.pop().context("a picture has no features")?;
         self.features.lock().unwrap_or_else(PoisonError::into_inner).insert(place, features.clone());
         Ok(features)
     }

@@ -115,7 +115,8 @@ fn abandoned(job: &Job) -> bool {
 mod tests {
     use super::super::Bounds;
     use super::*;
-    use fednano_shared::plain::{BoundaryReply, BoundaryRequest, TensorBlob};
+    use fednano_shared::boundary::{BoundaryReply, BoundaryRequest, Input, Positions, Want};
+    use fednano_shared::plain::TensorBlob;
     use fednano_shared::wire::Fault;
     use tokio::sync::oneshot;
 
@@ -124,10 +125,14 @@ mod tests {
     /// A training request of one row of this length.
     fn request(member: Option<(u32, u32)>, length: usize) -> (Queued, Answer) {
         let (reply, answer) = oneshot::channel();
-        let hidden = TensorBlob::zeros(&[1, length, 1]);
-        let request = BoundaryRequest { hidden, lengths: vec![length as u32], targets: Vec::new() };
+        let request = BoundaryRequest {
+            input: Input::Hidden(TensorBlob::zeros(&[length, 1])),
+            positions: Positions::plain(vec![length as u32]),
+            targets: Vec::new(),
+            want: Want::Gradient,
+        };
         let member = member.map(|(id, round)| Member { id: ParticipantId(id), round });
-        (Queued { member, job: Job::Train(request, reply) }, answer)
+        (Queued { member, ..Queued::unasked(Job::Train(request, reply)) }, answer)
     }
 
     fn schedule(expected: &[(u32, u32)]) -> Schedule {
@@ -138,7 +143,7 @@ mod tests {
 
     /// Lengths of the requests of each batch that is computed now.
     fn batches(schedule: &mut Schedule) -> Vec<Vec<u32>> {
-        let length = |r: &BoundaryRequest| r.lengths[0];
+        let length = |r: &BoundaryRequest| r.positions.lengths[0];
         std::iter::from_fn(|| schedule.next())
             .map(|work| match work {
                 Work::Train(group) => group.iter().map(|(r, _)| length(r)).collect(),

@@ -4,13 +4,14 @@
 use super::corpus::{Stream, scene_with_questions};
 use super::run::Schedule;
 use burn::tensor::Device;
+use fednano_shared::boundary::{BoundaryRequest, Input, Want};
 use fednano_shared::data::dataset::{Dataset, Sample};
 use fednano_shared::data::scene::QuestionKind;
 use fednano_shared::edge::NanoEdge;
 use fednano_shared::model::checkpoint::load_llm;
 use fednano_shared::model::files::ModelFiles;
-use fednano_shared::plain::BoundaryRequest;
 use fednano_shared::step::{FrozenLlm, InProcess, LlmBoundary};
+use fednano_shared::wire::agreement::BoundaryMode;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
@@ -56,10 +57,15 @@ pub fn measure(dir: &Path, seed: u64, device: &Device) -> anyhow::Result<BTreeMa
         rows.sort_by_key(|&r| cache.samples[r].encoded.ids.len());
         let mut scores: BTreeMap<&'static str, Score> = BTreeMap::new();
         for group in rows.chunks(BATCH) {
-            let batch = edge.batch(&cache, group);
-            let request = BoundaryRequest { hidden: batch.x, lengths: batch.lengths, targets: batch.targets };
-            let targets = request.targets.clone();
-            let reply = InProcess(&llm).evaluate(request).await?;
+            let batch = edge.batch(&cache, group)?;
+            let request = BoundaryRequest {
+                input: Input::Hidden((*batch.x).clone()),
+                positions: batch.positions.clone(),
+                targets: batch.targets.clone(),
+                want: Want::Gradient,
+            };
+            let targets = &batch.targets;
+            let reply = InProcess::new(&llm, BoundaryMode::Activations).evaluate(request, &batch).await?;
             for (row, &sample) in group.iter().enumerate() {
                 let own = targets
                     .iter()

@@ -2,6 +2,7 @@
 
 use super::{Metrics, SavedFederation, SavedParticipant, SavedRound, Summary, tensors};
 use anyhow::Context;
+use fednano_shared::ledger::{Kind, Traffic};
 use fednano_shared::plain::AdapterState;
 use fednano_shared::settings::FederationSettings;
 use fednano_shared::step::Evaluation;
@@ -140,9 +141,32 @@ fn participants(c: &Connection, name: &str) -> rusqlite::Result<Vec<SavedPartici
 
 /// Figures for people to look at: what cannot be read is as if it had never been kept.
 fn metrics(c: &Connection, name: &str) -> rusqlite::Result<BTreeMap<ParticipantId, Metrics>> {
+    let mut metrics: BTreeMap<ParticipantId, Metrics> = BTreeMap::new();
     let sql = "SELECT id, metrics FROM participant WHERE federation = ?1 AND metrics IS NOT NULL";
-    let found = rows(c, sql, [name], |row| Ok((ParticipantId(row.get(0)?), row.get::<_, String>(1)?)))?;
-    Ok(found.into_iter().filter_map(|(id, json)| Some((id, serde_json::from_str(&json).ok()?))).collect())
+    for (id, json) in rows(c, sql, [name], |row| Ok((ParticipantId(row.get(0)?), row.get::<_, String>(1)?)))? {
+        metrics.entry(id).or_default().local = serde_json::from_str(&json).unwrap_or_default();
+    }
+    for (id, rounds) in traffic(c, name)? {
+        metrics.entry(id).or_default().traffic = rounds;
+    }
+    Ok(metrics)
+}
+
+/// Bytes of each participant by round.
+fn traffic(c: &Connection, name: &str) -> rusqlite::Result<BTreeMap<ParticipantId, BTreeMap<u32, Traffic>>> {
+    let sql = "SELECT participant, round, direction, kind, bytes FROM traffic WHERE federation = ?1";
+    let found = rows(c, sql, [name], |row| {
+        let (id, round) = (ParticipantId(row.get(0)?), row.get::<_, u32>(1)?);
+        Ok((id, round, row.get::<_, String>(2)?, row.get::<_, String>(3)?, row.get::<_, i64>(4)?))
+    })?;
+    let mut traffic: BTreeMap<ParticipantId, BTreeMap<u32, Traffic>> = BTreeMap::new();
+    for (id, round, direction, kind, count) in found {
+        let Some(kind) = Kind::ALL.into_iter().find(|known| known.name() == kind) else { continue };
+        let sums = traffic.entry(id).or_default().entry(round).or_default();
+        let sums = if direction == "up" { &mut sums.up } else { &mut sums.down };
+        sums.count(kind, u64::try_from(count).unwrap_or(0));
+    }
+    Ok(traffic)
 }
 
 /// The round that has begun and is not done.

@@ -26,11 +26,10 @@ pub use tensors::{AdapterFile, read_adapter, write_adapter};
 
 use anyhow::{Context, ensure};
 use fednano_shared::aggregate::StrategyState;
+use fednano_shared::ledger::Traffic;
 use fednano_shared::plain::AdapterState;
 use fednano_shared::settings::FederationSettings;
-use fednano_shared::wire::{
-    self, ClientKind, LocalEvaluation, ParticipantId, RoundResult, SessionToken, Traffic, Update,
-};
+use fednano_shared::wire::{self, ClientKind, LocalEvaluation, ParticipantId, RoundResult, SessionToken, Update};
 use rusqlite::{Connection, params};
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
@@ -64,7 +63,7 @@ pub struct SavedFederation {
     pub model_dir: String,
     /// Who may come back, by number.
     pub participants: Vec<SavedParticipant>,
-    /// What was last kept of their figures.
+    /// What was last kept of their figures; bytes of connections that only ask are those of participant 0.
     pub metrics: BTreeMap<ParticipantId, Metrics>,
     /// Results of the rounds that are done, from round 0 on; empty before the untouched model was judged.
     pub history: Vec<RoundResult>,
@@ -94,8 +93,14 @@ pub struct SavedRound {
     pub closed: Option<usize>,
 }
 
-/// A participant's bytes so far, and its last judgement on its own test samples.
-pub type Metrics = (Traffic, Option<LocalEvaluation>);
+/// A participant's figures.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Metrics {
+    /// Its bytes by round.
+    pub traffic: BTreeMap<u32, Traffic>,
+    /// Its last judgement on its own test samples.
+    pub local: Option<LocalEvaluation>,
+}
 
 /// A known participant.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -316,21 +321,19 @@ impl Store {
         })
     }
 
-    /// Keep figures of known participants.
+    /// Keep figures: last judgements, and bytes of the rounds that are named; what is kept of other rounds stays.
     ///
     /// # Errors
     /// A file that cannot be used.
-    pub fn metrics(&self, metrics: &[(ParticipantId, Traffic, Option<LocalEvaluation>)]) -> anyhow::Result<()> {
-        let pack = |(id, traffic, local): &(ParticipantId, Traffic, Option<LocalEvaluation>)| {
-            anyhow::Ok((id.0, load::pack(&(traffic, local))?))
-        };
+    pub fn metrics(&self, metrics: &[(ParticipantId, Metrics)]) -> anyhow::Result<()> {
+        let pack = |(id, metrics): &(ParticipantId, Metrics)| anyhow::Ok((id.0, load::pack(&metrics.local)?));
         let rows: Vec<(u32, String)> = metrics.iter().map(pack).collect::<anyhow::Result<_>>()?;
         self.write("metrics", |c| {
             let mut sql = c.prepare("UPDATE participant SET metrics = ?1 WHERE federation = ?2 AND id = ?3")?;
-            for (id, figures) in &rows {
-                sql.execute((figures, &self.federation, id))?;
+            for (id, local) in &rows {
+                sql.execute((local, &self.federation, id))?;
             }
-            Ok(())
+            metrics.iter().try_for_each(|(id, metrics)| self.insert_traffic(c, *id, &metrics.traffic))
         })
     }
 
@@ -428,6 +431,23 @@ impl Store {
     fn insert_assignment(&self, c: &Connection, round: u32, id: ParticipantId) -> anyhow::Result<()> {
         let sql = "INSERT INTO assignment (federation, round, participant) VALUES (?1, ?2, ?3) ON CONFLICT DO NOTHING";
         c.execute(sql, (&self.federation, round, id.0))?;
+        Ok(())
+    }
+
+    /// Bytes only grow, so a kind that there is none of has never been written.
+    fn insert_traffic(&self, c: &Connection, id: ParticipantId, rounds: &BTreeMap<u32, Traffic>) -> anyhow::Result<()> {
+        let mut sql = c.prepare(
+            "INSERT INTO traffic (federation, participant, round, direction, kind, bytes) VALUES (?1, ?2, ?3, ?4, ?5, ?6)
+             ON CONFLICT (federation, participant, round, direction, kind) DO UPDATE SET bytes = excluded.bytes",
+        )?;
+        for (round, traffic) in rounds {
+            for (direction, bytes) in traffic.directions() {
+                for (kind, count) in bytes.iter().filter(|(_, count)| *count > 0) {
+                    let count = i64::try_from(count).unwrap_or(i64::MAX); // SQLite's largest
+                    sql.execute((&self.federation, id.0, round, direction, kind.name(), count))?;
+                }
+            }
+        }
         Ok(())
     }
 

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 /// Layout of the tables, kept as `user_version`: one more with each change, which must then be made to files of the version before.
-const VERSION: i64 = 1;
+const VERSION: i64 = 2;
 /// `application_id`: FNAN.
 const APPLICATION: i64 = 0x464E_414E;
 /// Somebody else's transaction is waited for that long.
@@ -32,7 +32,7 @@ CREATE TABLE participant (
     device TEXT NOT NULL,
     samples INTEGER NOT NULL,
     has_left INTEGER NOT NULL,
-    metrics TEXT, -- JSON of bytes and last own judgement, as last kept
+    metrics TEXT, -- JSON of the last own judgement
     PRIMARY KEY (federation, id)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE round ( -- that have begun
@@ -92,6 +92,24 @@ CREATE TABLE strategy_state ( -- what the strategy needs besides the adapters, a
 ) STRICT;
 ";
 
+/// Bytes as last kept. Participant 0: connections that only ask. Round 0: before the first; 4294967295: after the last.
+const TRAFFIC: &str = "
+CREATE TABLE traffic (
+    federation TEXT NOT NULL REFERENCES federation (name),
+    participant INTEGER NOT NULL,
+    round INTEGER NOT NULL,
+    direction TEXT NOT NULL, -- up: to the server; down
+    kind TEXT NOT NULL,
+    bytes INTEGER NOT NULL,
+    PRIMARY KEY (federation, participant, round, direction, kind)
+) STRICT, WITHOUT ROWID;
+";
+
+/// From version 1, which kept few sums of each participant: they say nothing of these kinds, and are let go.
+const FROM_1: &str = "
+UPDATE participant SET metrics = CASE WHEN json_valid(metrics) THEN json_extract(metrics, '$[1]') END;
+";
+
 /// Open (and make) a database.
 ///
 /// # Errors
@@ -107,7 +125,7 @@ fn connect(file: &Path) -> anyhow::Result<Connection> {
     let mut connection = Connection::open_with_flags(file, flags)?;
     connection.busy_timeout(BUSY)?;
     // Looked at before anything is written: it may be somebody else's.
-    let known = is_known(&connection, file)?;
+    let known = layout(&connection, file)?;
     let mode: String = connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0))?;
     ensure!(
         mode == "wal",
@@ -115,33 +133,47 @@ fn connect(file: &Path) -> anyhow::Result<Connection> {
         file.display()
     );
     connection.execute_batch("PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;")?;
-    if !known {
+    if known != Layout::Present {
         transaction(&mut connection, "create the tables", |c| {
             // Another server may have been faster.
-            if !is_known(c, file)? {
-                c.execute_batch(TABLES)?;
-                c.execute_batch(&format!("PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {VERSION};"))?;
+            match layout(c, file)? {
+                Layout::Present => return Ok(()),
+                Layout::Empty => c.execute_batch(TABLES)?,
+                Layout::First => c.execute_batch(FROM_1)?,
             }
-            Ok(())
+            c.execute_batch(TRAFFIC)?;
+            Ok(c.execute_batch(&format!("PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {VERSION};"))?)
         })?;
     }
     Ok(connection)
 }
 
-/// Has it the tables of this version? False: it is empty.
-fn is_known(connection: &Connection, file: &Path) -> anyhow::Result<bool> {
+/// What a file holds.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Layout {
+    /// Nothing.
+    Empty,
+    /// The tables of version 1.
+    First,
+    /// Those of this version.
+    Present,
+}
+
+/// The tables of a file.
+fn layout(connection: &Connection, file: &Path) -> anyhow::Result<Layout> {
     let number = |sql: &str| connection.query_row(sql, [], |row| row.get::<_, i64>(0));
     let (application, version) = (number("PRAGMA application_id")?, number("PRAGMA user_version")?);
     let file = file.display();
     match (application, version) {
-        (APPLICATION, VERSION) => Ok(true),
+        (APPLICATION, VERSION) => Ok(Layout::Present),
+        (APPLICATION, 1) => Ok(Layout::First),
         (APPLICATION, newer) if newer > VERSION => bail!(
             "{file} was written by a newer fednano (its layout is {newer}, this program knows {VERSION}); update this program, or choose another --data-dir"
         ),
         (APPLICATION, older) => bail!(
             "{file} was written by an older fednano (its layout is {older}, this program knows {VERSION}); go on with that version, or choose another --data-dir"
         ),
-        (0, 0) if number("SELECT count(*) FROM sqlite_schema")? == 0 => Ok(false),
+        (0, 0) if number("SELECT count(*) FROM sqlite_schema")? == 0 => Ok(Layout::Empty),
         _ => bail!("{file} is a SQLite database of another program; choose another --data-dir, or move it away"),
     }
 }

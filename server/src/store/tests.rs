@@ -9,6 +9,7 @@ const NAME: &str = "f";
 const A: ParticipantId = ParticipantId(1);
 const B: ParticipantId = ParticipantId(2);
 const C: ParticipantId = ParticipantId(7);
+const ASKERS: ParticipantId = ParticipantId(0);
 
 /// Adapters whose values differ in all bits.
 fn adapter(number: f32) -> AdapterState {
@@ -78,6 +79,16 @@ fn state(number: f32) -> StrategyState {
     StrategyState(BTreeMap::from([("m".into(), adapter(number)), ("v".into(), adapter(number + 0.5))]))
 }
 
+/// So many bytes of codes up and of gradients down in each round.
+fn bytes(rounds: &[(u32, u64)]) -> Metrics {
+    let of = |(round, count): &(u32, u64)| {
+        let mut traffic = Traffic::default();
+        (traffic.up.codes, traffic.down.gradients) = (*count, 1);
+        (*round, traffic)
+    };
+    Metrics { traffic: rounds.iter().map(of).collect(), local: None }
+}
+
 fn folder() -> TemporaryFolder {
     TemporaryFolder::create("store").unwrap()
 }
@@ -141,10 +152,10 @@ fn everything_comes_back_bit_for_bit() {
     store.begin_round(2, 2, &[B]).unwrap(); // after a pause
     store.accept(C, &update(1, C)).unwrap(); // a round late
     store.close(2, 1).unwrap();
-    let traffic = Traffic { updates_up: u64::MAX, ..Traffic::default() };
     let judged = Evaluation { accuracy: 0.25, loss: 1.5, samples: 4 };
-    let own = Some(LocalEvaluation { global: judged, own: judged });
-    store.metrics(&[(A, traffic, None), (B, Traffic::default(), own)]).unwrap();
+    let own = Metrics { local: Some(LocalEvaluation { global: judged, own: judged }), ..Metrics::default() };
+    store.metrics(&[(A, bytes(&[(0, 7), (1, 5)])), (B, own.clone())]).unwrap();
+    store.metrics(&[(A, bytes(&[(1, 9), (u32::MAX, u64::MAX)])), (ASKERS, bytes(&[(2, 3)]))]).unwrap();
     store.participant(&participant(B)).unwrap(); // is back
     drop(store);
     let store = Store::open(folder.path(), NAME).unwrap();
@@ -155,7 +166,9 @@ fn everything_comes_back_bit_for_bit() {
     assert_eq!(saved.updates, [(C, update(1, C))]);
     assert_eq!(saved.past, [(A, 1, true), (B, 1, true), (C, 1, true)]);
     assert_eq!(saved.participants, [A, B, C].map(participant));
-    assert_eq!(saved.metrics, BTreeMap::from([(A, (traffic, None)), (B, (Traffic::default(), own))]));
+    let most = u64::try_from(i64::MAX).unwrap(); // SQLite's
+    let kept = [(ASKERS, bytes(&[(2, 3)])), (A, bytes(&[(0, 7), (1, 9), (u32::MAX, most)])), (B, own)];
+    assert_eq!(saved.metrics, kept.into());
 
     store.accept(A, &update(2, A)).unwrap();
     store.merged(&result(2), &adapter(2.0), &StrategyState::default(), &[(C, 1), (A, 2)]).unwrap();
@@ -270,7 +283,7 @@ fn what_does_not_fit_is_refused_and_changes_nothing() {
     assert!(fault(store.accept(B, &update(2, B))).contains("somebody else"), "a round that has not begun");
     assert!(fault(store.left(ParticipantId(99))).contains("99"));
     assert!(fault(store.close(2, 1)).contains("is at round 1, not 2"));
-    store.metrics(&[(ParticipantId(99), Traffic::default(), None)]).unwrap(); // nobody's
+    store.metrics(&[(ParticipantId(99), Metrics::default())]).unwrap(); // nobody's
     // The second update is not there: nor is anything of the round then.
     let merged = |used: &[_]| store.merged(&result(1), &adapter(1.0), &state(1.0), used);
     assert!(fault(merged(&[(A, 1), (B, 1)])).contains("participant 2 for round 1"));
@@ -439,6 +452,31 @@ fn settings_that_only_json_still_has_are_read() {
     let saved = loaded(&Store::open(at.path(), NAME).unwrap());
     assert_eq!(saved.settings.grace_s, FederationSettings::default().grace_s);
     assert_eq!(saved.settings.seed, new().settings.seed);
+}
+
+/// As version 1 left it: without the ledger, with sums of other kinds.
+#[test]
+fn files_of_the_first_version_go_on() {
+    let at = folder();
+    drop(begun(at.path()));
+    let file = at.path().join(FILE);
+    let own = serde_json::to_string(&local(3.0)).unwrap();
+    sql(
+        &file,
+        &format!(
+            "DROP TABLE traffic; PRAGMA user_version = 1;
+             UPDATE participant SET metrics = '[{{\"updates_up\": 5}}, null]' WHERE id = 1;
+             UPDATE participant SET metrics = '[{{\"updates_up\": 5}}, {own}]' WHERE id = 2;"
+        ),
+    );
+    let store = Store::open(at.path(), NAME).unwrap();
+    let saved = loaded(&store);
+    assert_eq!((saved.updates.len(), saved.participants.len()), (1, 3));
+    assert_eq!(saved.metrics.keys().copied().collect::<Vec<_>>(), [B]);
+    assert_eq!(saved.metrics[&B].local.unwrap().own.samples, 4);
+    store.metrics(&[(A, bytes(&[(1, 5)]))]).unwrap();
+    drop(store);
+    assert_eq!(loaded(&Store::open(at.path(), NAME).unwrap()).metrics[&A], bytes(&[(1, 5)]));
 }
 
 #[test]

@@ -161,6 +161,11 @@ impl TokenTable {
         self.rows
     }
 
+    /// The name of the form in which its rows are held.
+    pub fn form(&self) -> &'static str {
+        self.values.form()
+    }
+
     /// Width of a row.
     pub fn cols(&self) -> usize {
         self.cols

@@ -221,10 +221,17 @@ fn embeddings(table: &mut Table<'_>, edge: &NanoEdge, features: &TensorBlob) {
         return;
     };
     let parts: Vec<(&Encoded, &[f32])> = encoded.iter().zip(features.data.chunks_exact(count * dim)).collect();
-    let batch = edge.assemble(&parts);
-    table.add("inputs_embeds", &batch.x, Part::Real);
-    let mask: Vec<i64> = batch.image_mask.data.iter().map(|v| *v as i64).collect();
-    table.add_whole("image_mask", &batch.image_mask.shape[..2], &mask, Part::All);
+    let batch = match edge.assemble(&parts) {
+        Ok(batch) => batch,
+        Err(cause) => return table.fail("inputs_embeds", &[rows, seq, dim], cause.to_string()),
+    };
+    table.add("inputs_embeds", &inputs.padded(&batch.x), Part::Real);
+    let mut mask = vec![0; rows * seq];
+    for (row, image) in batch.positions.images.iter().enumerate() {
+        let first = row * seq;
+        mask[first + image.start as usize..first + image.end as usize].fill(1);
+    }
+    table.add_whole("image_mask", &[rows, seq], &mask, Part::All);
     let mut labels = vec![IGNORED; rows * seq];
     for t in &batch.targets {
         if let Some(label) = labels.get_mut(t.row as usize * seq + t.position as usize + 1) {

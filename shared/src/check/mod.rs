@@ -99,7 +99,7 @@ pub async fn clients_half(
     let mut table = Table::new(&reference, &inputs);
     edge::compare(&mut table, small, weights, originals, device).await?;
     if let Some(state) = reference.adapter(inputs.dim)? {
-        let module = NanoAdapters::from_state(&state, &device.clone().autodiff());
+        let module = NanoAdapters::from_state(&state, device);
         adapters::forward(&mut table, &module, device).await?;
         adapters::backward(&mut table, &module, &reference.adapter_reply(&inputs)?, device).await?;
     }

@@ -1,14 +1,17 @@
 //! Reference values (`expected.safetensors`), and the inputs among them that every comparison starts from.
 
 use super::CheckError;
+use crate::boundary::{BoundaryReply, BoundaryRequest, Gradient, Input, Positions, Target, Want};
 use crate::config::ModelConfig;
 use crate::data::text::Encoded;
-use crate::edge::Batch;
-use crate::plain::{AdapterState, BoundaryReply, BoundaryRequest, Target, TensorBlob};
+use crate::edge::{Batch, BatchRow};
+use crate::plain::{AdapterState, TensorBlob};
 use crate::settings::AdapterChoice;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
 
 enum Values {
     Floats(TensorBlob),
@@ -87,10 +90,11 @@ impl Reference {
     /// A part of it that is missing or misshapen.
     pub fn adapter_reply(&self, inputs: &Inputs) -> Result<BoundaryReply, CheckError> {
         let loss = self.need("adapter.loss", &[1])?.data;
+        let gradient = self.need("adapter.grad.inputs_embeds", &[inputs.rows, inputs.seq, inputs.dim])?;
         Ok(BoundaryReply {
             loss: loss.first().copied().unwrap_or(f32::NAN),
             row_loss: self.need("adapter.per_sample_loss", &[inputs.rows])?.data,
-            gradient: self.need("adapter.grad.inputs_embeds", &[inputs.rows, inputs.seq, inputs.dim])?,
+            gradient: Gradient::Hidden(inputs.packed(&gradient)),
         })
     }
 
@@ -209,7 +213,7 @@ impl Inputs {
                 return fault(format!("'labels' of the reference values has no target in row {row}"));
             }
         }
-        Ok(Self {
+        let inputs = Self {
             rows,
             seq,
             dim: text.hidden,
@@ -220,7 +224,15 @@ impl Inputs {
             targets,
             pixels: reference.need("pixel_values", &[rows, 3, size, size])?,
             embeds: reference.need("inputs_embeds", &[rows, seq, text.hidden])?,
-        })
+        };
+        let whole = |row: &usize| {
+            let run = inputs.image_run(*row);
+            inputs.image[row * seq..][run].iter().all(|i| *i)
+        };
+        match (0..rows).find(|row| !whole(row)) {
+            Some(row) => fault(format!("'image_mask' of the reference values has gaps in row {row}")),
+            None => Ok(inputs),
+        }
     }
 
     /// Whether a position of `[B, S]`, counted flat, is no padding.
@@ -228,24 +240,66 @@ impl Inputs {
         self.lengths.get(position / self.seq).is_some_and(|length| position % self.seq < *length)
     }
 
-    /// The request that the reference answers.
-    pub fn request(&self, hidden: TensorBlob) -> BoundaryRequest {
-        BoundaryRequest { hidden, lengths: self.row_lengths(), targets: self.targets.clone() }
+    /// The request that the reference answers, of padded `h` `[B, S, D]`.
+    pub fn request(&self, hidden: &TensorBlob) -> BoundaryRequest {
+        BoundaryRequest {
+            input: Input::Hidden(self.packed(hidden)),
+            positions: self.positions(),
+            targets: self.targets.clone(),
+            want: Want::Gradient,
+        }
     }
 
     /// The batch that the reference adapters are applied to.
     pub fn batch(&self) -> Batch {
-        let mask = self.image.iter().map(|i| f32::from(u8::from(*i))).collect();
+        let row = |(ids, length): (&[u32], &usize)| BatchRow { ids: ids[..*length].to_vec(), picture: None };
         Batch {
-            x: self.embeds.clone(),
-            image_mask: TensorBlob { shape: vec![self.rows, self.seq, 1], data: mask },
-            lengths: self.row_lengths(),
+            x: Arc::new(self.packed(&self.embeds)),
+            positions: self.positions(),
             targets: self.targets.clone(),
+            rows: self.ids.chunks_exact(self.seq).zip(&self.lengths).map(row).collect(),
         }
     }
 
-    fn row_lengths(&self) -> Vec<u32> {
-        self.lengths.iter().map(|l| *l as u32).collect()
+    /// Where rows and image tokens lie once the padding is left out.
+    fn positions(&self) -> Positions {
+        let image = |row: usize| {
+            let run = self.image_run(row);
+            run.start as u32..run.end as u32
+        };
+        Positions {
+            lengths: self.lengths.iter().map(|l| *l as u32).collect(),
+            images: (0..self.rows).map(image).collect(),
+        }
+    }
+
+    /// From the first image token of a row to behind the last; empty where there is none.
+    fn image_run(&self, row: usize) -> Range<usize> {
+        let at = row * self.seq..row * self.seq + self.lengths[row];
+        let image = &self.image[at];
+        match (image.iter().position(|i| *i), image.iter().rposition(|i| *i)) {
+            (Some(first), Some(last)) => first..last + 1,
+            _ => 0..0,
+        }
+    }
+
+    /// `[B, S, D]` without its padding: `[T, D]`.
+    pub fn packed(&self, padded: &TensorBlob) -> TensorBlob {
+        let rows = padded.data.chunks_exact(self.seq * self.dim).zip(&self.lengths);
+        let data: Vec<f32> = rows.flat_map(|(row, length)| &row[..length * self.dim]).copied().collect();
+        TensorBlob { shape: vec![data.len() / self.dim, self.dim], data }
+    }
+
+    /// `[T, D]` as the reference has it, `[B, S, D]`, with zeros for padding.
+    pub fn padded(&self, packed: &TensorBlob) -> TensorBlob {
+        let mut padded = TensorBlob::zeros(&[self.rows, self.seq, self.dim]);
+        let mut left = packed.data.as_slice();
+        for (row, length) in padded.data.chunks_exact_mut(self.seq * self.dim).zip(&self.lengths) {
+            let (own, rest) = left.split_at((length * self.dim).min(left.len()));
+            row[..own.len()].copy_from_slice(own);
+            left = rest;
+        }
+        padded
     }
 
     /// A row as the tokenizer would give it; none unless its image tokens are one run of the model's length.

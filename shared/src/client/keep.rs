@@ -1,5 +1,6 @@
 //! What a participant keeps outside its own memory, so that a reload or a kill trains nothing twice: its secret, and where it is
-//! in a round. Going on from it gives bit for bit what would have come without the interruption.
+//! in a round. Going on from it gives bit for bit what would have come without the interruption, but where rounding is drawn
+//! (`rounding = stochastic`) or gradients are one step old (`overlap = stale`): there it gives what could have come as well.
 
 use super::Clock;
 use crate::edge::FeatureCache;
@@ -109,9 +110,6 @@ pub(super) fn hash_of<V: Serialize>(value: &V) -> Hash {
     Sha256::digest(postcard::to_extend(value, Vec::new()).unwrap_or_default()).into()
 }
 
-/// Features of a picture that are looked at: enough to tell pictures apart.
-const FEATURES: usize = 64;
-
 /// SHA-256 of what tells one set of samples from another.
 fn hash_of_data(cache: &FeatureCache) -> Hash {
     let mut hash = Sha256::new();
@@ -119,10 +117,7 @@ fn hash_of_data(cache: &FeatureCache) -> Hash {
         hash.update((sample.encoded.ids.len() as u64).to_le_bytes());
         sample.encoded.ids.iter().for_each(|id| hash.update(id.to_le_bytes()));
     }
-    for features in &cache.pictures {
-        hash.update((features.len() as u64).to_le_bytes());
-        features.iter().take(FEATURES).for_each(|v| hash.update(v.to_le_bytes()));
-    }
+    cache.pictures.iter().for_each(|picture| hash.update(picture.key.0.to_le_bytes()));
     hash.finalize().into()
 }
 
@@ -169,6 +164,11 @@ impl<'a, K: Clock, S: Keeper> Desk<'a, K, S> {
 
     pub(super) fn keeps(&self) -> bool {
         self.keeper.keeps()
+    }
+
+    /// The clock's time.
+    pub(super) fn now(&self) -> Duration {
+        self.clock.now()
     }
 
     pub(super) async fn keep(&mut self, round: RoundSnapshot) {

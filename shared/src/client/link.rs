@@ -1,11 +1,17 @@
-//! Messages over a transport, and the boundary over the wire.
+//! Messages over a transport, counted; what is spoken on it; the goodbye.
 
-use super::{ClientError, ClientEvent, Observer, Transport, TransportError};
-use crate::generate::{GenerateRequest, NextToken, TokenSource};
+use super::{ClientError, ClientEvent, Clock, Observer, Transport, TransportError};
+use crate::boundary::Pair;
+use crate::edge::FeatureCache;
+use crate::ledger::{Meter, Traffic};
 use crate::model::adapter::DeviceError;
-use crate::plain::{BoundaryReply, BoundaryRequest, EvaluationReply};
-use crate::step::{BoundaryError, LlmBoundary, StepError};
-use crate::wire::{self, ClientMessage, FaultCode, ServerMessage};
+use crate::plain::TensorBlob;
+use crate::wire::agreement::Agreement;
+use crate::wire::numbers::PictureKey;
+use crate::wire::{self, ClientMessage, ParticipantId, ServerMessage};
+use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
 
 /// Why a connection's loop ended.
 pub(crate) enum Interruption {
@@ -37,6 +43,21 @@ impl From<DeviceError> for Interruption {
 
 pub(crate) const LEFT: &str = "left on request";
 
+/// After the goodbye, the server's last frames are waited for so long.
+const FAREWELL: Duration = Duration::from_secs(5);
+/// Bytes are told at most so often.
+const TELL: Duration = Duration::from_secs(1);
+
+/// What outlasts a connection.
+#[derive(Default)]
+pub(crate) struct Lasting {
+    /// Pictures whose features the server has had. It may have dropped some since; then it asks.
+    pub(super) sent: HashSet<PictureKey>,
+    /// Bytes of earlier connections, by round.
+    earlier: BTreeMap<u32, Traffic>,
+    told: Option<Duration>,
+}
+
 /// A transport that speaks messages.
 pub(crate) struct Link<'a, T, O> {
     transport: T,
@@ -46,22 +67,76 @@ pub(crate) struct Link<'a, T, O> {
     pub(super) order: Option<ServerMessage>,
     /// Something was done over this connection: the server is worth as many tries again.
     pub(super) progressed: bool,
+    /// What is spoken.
+    pub(crate) agreement: Agreement,
+    seed: u64,
+    pub(super) lasting: Lasting,
+    meter: Meter,
+    /// `up` matrices as sent last over this connection.
+    pub(super) up: Option<Arc<Pair<TensorBlob>>>,
+    /// Requests under way, oldest first.
+    pub(super) requests: VecDeque<super::remote::Waiting>,
 }
 
 impl<'a, T: Transport, O: Observer> Link<'a, T, O> {
+    /// A new connection: the plain form is spoken until something else is agreed on.
     pub(crate) fn new(transport: T, observer: &'a mut O) -> Self {
-        Self { transport, next_id: 0, observer, order: None, progressed: false }
+        Self {
+            transport,
+            next_id: 0,
+            observer,
+            order: None,
+            progressed: false,
+            agreement: Agreement::PLAIN,
+            seed: 0,
+            lasting: Lasting::default(),
+            meter: Meter::default(),
+            up: None,
+            requests: VecDeque::new(),
+        }
+    }
+
+    /// The same, of a participation that has had connections before.
+    pub(super) fn going_on(transport: T, observer: &'a mut O, lasting: Lasting) -> Self {
+        Self { lasting, ..Self::new(transport, observer) }
+    }
+
+    /// What outlasts this connection.
+    pub(super) fn end(mut self) -> Lasting {
+        self.lasting.earlier = self.rounds();
+        self.lasting
+    }
+
+    /// From now on this is spoken. `seed` is that of roundings that are drawn.
+    pub(crate) fn agree(&mut self, agreement: Agreement, seed: u64) {
+        (self.agreement, self.seed) = (agreement, seed);
     }
 
     pub(crate) async fn send(&mut self, message: &ClientMessage) -> Result<(), Interruption> {
         let frame = wire::encode_to_send(message).map_err(ClientError::Unsent)?;
-        Ok(self.transport.send(frame).await?)
+        let bytes = frame.len();
+        self.transport.send(frame).await?;
+        self.meter.up(message, bytes);
+        Ok(())
     }
 
     /// The next message from the wire.
     pub(crate) async fn receive(&mut self) -> Result<ServerMessage, Interruption> {
         let frame = self.transport.receive().await?;
-        wire::decode(&frame).map_err(|e| protocol(&e.to_string()))
+        self.read(&frame)
+    }
+
+    fn read(&mut self, frame: &[u8]) -> Result<ServerMessage, Interruption> {
+        match wire::decode(frame) {
+            Ok(message) => {
+                self.meter.down(&message, frame.len());
+                Ok(message)
+            }
+            Err(e) => {
+                self.meter.down_unread(frame.len());
+                Err(protocol(&e.to_string()))
+            }
+        }
     }
 
     /// The next message that is neither a status, which is passed on, nor the server's goodbye, which is an interruption.
@@ -82,126 +157,95 @@ impl<'a, T: Transport, O: Observer> Link<'a, T, O> {
             None => self.listen().await,
         }
     }
-}
 
-/// The boundary over the wire: one request under way at a time.
-pub(crate) struct Remote<'l, 'a, T, O> {
-    link: &'l mut Link<'a, T, O>,
-    round: u32,
-    patience: u32,
-}
-
-impl<'l, 'a, T, O> Remote<'l, 'a, T, O> {
-    /// Requests of `round`. They are cancelled when the federation is more than `patience` rounds further: until then a late
-    /// update would still be merged.
-    pub(crate) fn new(link: &'l mut Link<'a, T, O>, round: u32, patience: u32) -> Self {
-        Self { link, round, patience }
-    }
-}
-
-enum Reply {
-    Trained(BoundaryReply),
-    Evaluated(EvaluationReply),
-    Generated(NextToken),
-}
-
-fn mismatched() -> BoundaryError {
-    BoundaryError::Failed(
-        "the server's reply answers another kind of request; reload the page or update the older program".into(),
-    )
-}
-
-impl<T: Transport, O: Observer> Remote<'_, '_, T, O> {
-    async fn ask(&mut self, message: ClientMessage, id: u64) -> Result<Reply, BoundaryError> {
-        let lost = |i: Interruption| match i {
-            Interruption::Lost(cause) => BoundaryError::Lost(cause),
-            Interruption::Left => BoundaryError::Lost(LEFT.into()),
-            Interruption::Failed(e) => BoundaryError::Failed(e.to_string()),
-        };
-        self.link.send(&message).await.map_err(lost)?;
+    /// Say goodbye, and hear what is still on its way: so both ends have counted the same bytes. Faults are no matter any more.
+    pub(super) async fn part<K: Clock>(&mut self, goodbye: &ClientMessage, clock: &K) {
+        if self.send(goodbye).await.is_err() {
+            return;
+        }
+        let start = clock.now();
         loop {
-            match self.link.listen().await.map_err(lost)? {
-                ServerMessage::Trained { id: theirs, reply } if theirs == id => return Ok(Reply::Trained(reply)),
-                ServerMessage::Evaluated { id: theirs, reply } if theirs == id => return Ok(Reply::Evaluated(reply)),
-                ServerMessage::Generated { id: theirs, next } if theirs == id => return Ok(Reply::Generated(next)),
-                ServerMessage::RequestRefused { id: theirs, fault } if theirs == id => {
-                    return Err(match fault.code {
-                        FaultCode::StaleRound => BoundaryError::Cancelled(fault.to_string()),
-                        FaultCode::Server => BoundaryError::Lost(fault.to_string()),
-                        _ => BoundaryError::Refused(fault.to_string()),
-                    });
-                }
-                // Replies to requests before a reconnect, or that were cancelled.
-                ServerMessage::Trained { .. }
-                | ServerMessage::Evaluated { .. }
-                | ServerMessage::Generated { .. }
-                | ServerMessage::RequestRefused { .. } => {}
-                order => {
-                    let cause = format!("the server went on with {}", name(&order));
-                    let goes_on = self.may_be_late(&order);
-                    self.link.order = Some(order);
-                    if !goes_on {
-                        return Err(BoundaryError::Cancelled(cause));
-                    }
-                }
+            let left = FAREWELL.saturating_sub(clock.now().saturating_sub(start));
+            if left.is_zero() {
+                return;
+            }
+            let Ok(frame) = self.transport.last(left).await else { return };
+            match self.read(&frame) {
+                Ok(ServerMessage::Status(status)) => self.observer.event(ClientEvent::Status(&status)),
+                Ok(_) => {}
+                Err(_) => return,
             }
         }
     }
 
-    /// The federation is in a later round, but not too late for this one.
-    fn may_be_late(&self, order: &ServerMessage) -> bool {
-        match order {
-            ServerMessage::Round { round, .. } | ServerMessage::Wait { round, .. } => {
-                *round > self.round && round - self.round <= self.patience
-            }
-            _ => false,
+    /// This is somebody new to the server.
+    pub(super) fn forget(&mut self) {
+        self.lasting = Lasting { told: self.lasting.told, ..Lasting::default() };
+    }
+
+    /// The server has had the features of all these pictures.
+    pub(super) fn assume_sent(&mut self, cache: &FeatureCache) {
+        self.lasting.sent.extend(cache.pictures.iter().map(|picture| picture.key));
+    }
+
+    /// The part of the model that was downloaded before the first connection.
+    pub(super) fn count_download(&mut self, bytes: u64) {
+        self.meter.download(bytes);
+    }
+
+    /// Tell of the bytes so far, if that is not too soon after the last time.
+    pub(super) fn tell(&mut self, now: Duration) {
+        if self.lasting.told.is_none_or(|at| now.saturating_sub(at) >= TELL) {
+            self.lasting.told = Some(now);
+            let rounds = self.rounds();
+            self.observer.event(ClientEvent::Traffic { rounds: &rounds });
         }
     }
 
-    fn id(&mut self) -> u64 {
-        self.link.next_id += 1;
-        self.link.next_id
+    /// Bytes of all connections, by round.
+    fn rounds(&self) -> BTreeMap<u32, Traffic> {
+        let mut rounds = self.lasting.earlier.clone();
+        for (round, traffic) in self.meter.by_round() {
+            rounds.entry(*round).or_default().add(traffic);
+        }
+        rounds
+    }
+
+    pub(super) fn new_id(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id
+    }
+
+    /// The seed of what is rounded for a request.
+    pub(super) fn seed_of(&self, id: u64) -> u64 {
+        scattered(self.seed ^ scattered(id))
+    }
+
+    /// Nobody waits for answers any more. What the server made of the requests is not known, its `up` matrices neither.
+    pub(super) fn abandon(&mut self) {
+        self.requests.clear();
+        self.up = None;
     }
 }
 
-impl<T: Transport, O: Observer> LlmBoundary for Remote<'_, '_, T, O> {
-    async fn train(&mut self, request: BoundaryRequest) -> Result<BoundaryReply, BoundaryError> {
-        let id = self.id();
-        match self.ask(ClientMessage::Train { id, round: self.round, request }, id).await? {
-            Reply::Trained(reply) => Ok(reply),
-            _ => Err(mismatched()),
-        }
-    }
-
-    async fn evaluate(&mut self, request: BoundaryRequest) -> Result<EvaluationReply, BoundaryError> {
-        let id = self.id();
-        match self.ask(ClientMessage::Evaluate { id, request }, id).await? {
-            Reply::Evaluated(reply) => Ok(reply),
-            _ => Err(mismatched()),
-        }
+impl Lasting {
+    /// Bytes of all connections that have ended, by round.
+    pub(super) fn rounds(&self) -> &BTreeMap<u32, Traffic> {
+        &self.earlier
     }
 }
 
-impl<T: Transport, O: Observer> TokenSource for Remote<'_, '_, T, O> {
-    async fn next(&mut self, request: GenerateRequest) -> Result<NextToken, BoundaryError> {
-        let id = self.id();
-        match self.ask(ClientMessage::Generate { id, request }, id).await? {
-            Reply::Generated(next) => Ok(next),
-            _ => Err(mismatched()),
-        }
-    }
+/// The seed of a participant's roundings.
+pub(super) fn rounding_seed(seed: u64, id: ParticipantId) -> u64 {
+    scattered(seed ^ scattered(u64::from(id.0)))
 }
 
-/// A step's result: done, cancelled because the round moved on (`None`), or an interruption.
-pub(super) fn settle<R>(result: Result<R, StepError>) -> Result<Option<R>, Interruption> {
-    match result {
-        Ok(r) => Ok(Some(r)),
-        Err(StepError::Boundary(BoundaryError::Cancelled(_))) => Ok(None),
-        Err(StepError::Boundary(BoundaryError::Lost(cause))) if cause == LEFT => Err(Interruption::Left),
-        Err(StepError::Boundary(BoundaryError::Lost(cause))) => Err(Interruption::Lost(cause)),
-        Err(StepError::Device(e)) => Err(e.into()),
-        Err(e) => Err(ClientError::Step(e.to_string()).into()),
-    }
+/// SplitMix64's finaliser (Steele et al. 2014): neighbours become unlike.
+fn scattered(value: u64) -> u64 {
+    let mut z = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
 }
 
 pub(super) fn protocol(cause: &str) -> Interruption {
@@ -223,5 +267,6 @@ pub(crate) fn name(message: &ServerMessage) -> &'static str {
         ServerMessage::Closing(_) => "a shutdown",
         ServerMessage::Generated { .. } => "a token",
         ServerMessage::Wait { .. } => "a round of others",
+        ServerMessage::Missing { .. } => "a call for features",
     }
 }

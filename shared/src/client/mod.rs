@@ -6,7 +6,8 @@
 //! | `round` | one local round, from its beginning to its update |
 //! | `personal` | own adapters at the federation's end |
 //! | `keep` | what a participant keeps outside its memory |
-//! | `link` | messages over a transport, the boundary over the wire |
+//! | `link` | messages over a transport, counted |
+//! | `remote` | the boundary over the wire |
 //!
 //! What was trained in a round survives a lost connection: [`participate`] keeps it and goes on where it was when the server
 //! sends the same round again. What a [`Keeper`] has survives the program too.
@@ -14,23 +15,30 @@
 pub mod keep;
 mod link;
 pub mod personal;
+mod remote;
 mod round;
 
 pub use keep::{Forgetful, Keeper};
-pub(crate) use link::{Interruption, LEFT, Link, Remote, name};
+pub(crate) use link::{Interruption, LEFT, Link, name};
+pub(crate) use remote::Remote;
 pub use round::test_samples;
 
 use crate::edge::{FeatureCache, NanoEdge};
+use crate::ledger::Traffic;
 use crate::model::adapter::DeviceError;
 use crate::plain::AdapterState;
 use crate::settings::{FederationSettings, Strategy};
+use crate::wire::agreement::{Agreement, Offer};
+use crate::wire::numbers::{Format, NumbersError};
 use crate::wire::{
     self, ClientMessage, Fault, Hello, LocalEvaluation, ParticipantId, ServerMessage, SessionToken, Status,
 };
 use burn::tensor::Device;
 use keep::{Desk, RoundSnapshot};
-use link::protocol;
+use link::{Lasting, protocol, rounding_seed};
 use round::LocalRound;
+use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Whole frames in order; a WebSocket or a channel.
@@ -40,6 +48,12 @@ pub trait Transport {
     async fn send(&mut self, frame: Vec<u8>) -> Result<(), TransportError>;
     /// The next frame.
     async fn receive(&mut self) -> Result<Vec<u8>, TransportError>;
+    /// What still comes after the goodbye, also while leaving; nobody waits longer than `limit` for it. A transport whose other
+    /// end always closes need not look at the time.
+    async fn last(&mut self, limit: Duration) -> Result<Vec<u8>, TransportError> {
+        let _ = limit;
+        self.receive().await
+    }
 }
 
 /// Makes connections.
@@ -86,8 +100,10 @@ pub enum ClientEvent<'a> {
         participant: ParticipantId,
         /// For coming back after a reload.
         token: &'a SessionToken,
-        /// What was agreed.
+        /// What was agreed about the federation.
         settings: &'a FederationSettings,
+        /// What is spoken on this connection.
+        agreement: &'a Agreement,
         /// It was an earlier session that went on.
         resumed: bool,
     },
@@ -152,6 +168,11 @@ pub enum ClientEvent<'a> {
         /// As received, and after the own training.
         local: &'a LocalEvaluation,
     },
+    /// Bytes so far, as counted here at the socket: at most once a second, and at the end.
+    Traffic {
+        /// By round; those before the first one, with the download of the model's part, under 0.
+        rounds: &'a BTreeMap<u32, Traffic>,
+    },
     /// The connection is lost; another try follows.
     Lost {
         /// Why.
@@ -198,6 +219,9 @@ pub enum ClientError {
     /// The own device.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// The own features cannot be put into the form that was agreed on.
+    #[error("the features of the own pictures cannot be sent: {0}")]
+    Features(#[from] NumbersError),
     /// A step failed for good.
     #[error("training failed: {0}")]
     Step(String),
@@ -208,7 +232,8 @@ pub enum ClientError {
 
 /// Who takes part, with what.
 pub struct Participant<'a> {
-    /// Introduces itself with this; `resume` is filled in when coming back.
+    /// Introduces itself with this; `resume` is filled in when coming back. The offer is the caller's
+    /// ([`Offer::of`](crate::wire::agreement::Offer::of) the edge and the cache).
     pub hello: Hello,
     /// Frozen part.
     pub edge: &'a NanoEdge,
@@ -226,7 +251,10 @@ pub struct Participant<'a> {
 struct Agreed<'a> {
     me: &'a Participant<'a>,
     settings: FederationSettings,
+    agreement: Agreement,
     id: ParticipantId,
+    /// The own samples, with pictures as the server has them: both ends compute with the same features.
+    cache: Arc<FeatureCache>,
 }
 
 /// What a participant has done in this federation, while connections come and go.
@@ -238,6 +266,8 @@ struct Work {
     kept: Option<RoundSnapshot>,
     /// The newest judgement on the own test samples.
     local: Option<LocalEvaluation>,
+    /// The own samples in the form that was agreed on last.
+    cache: Option<(Format, Arc<FeatureCache>)>,
 }
 
 /// Take part until the federation is finished, the person leaves, or something cannot be mended.
@@ -251,24 +281,42 @@ pub async fn participate<C: Connector, K: Clock, S: Keeper, O: Observer>(
     keeper: &mut S,
     observer: &mut O,
 ) -> Result<Outcome, ClientError> {
-    let mut desk = Desk::new(clock, keeper, me.keep_every, me.cache);
-    let mut work = Work::default();
-    let mut tries = 0u32;
     if me.hello.resume.is_none() {
         // Its own secret from the start: a server killed before its welcome arrives knows it all the same.
         me.hello.resume = SessionToken::made_up().ok();
     }
+    let mut desk = Desk::new(clock, keeper, me.keep_every, me.cache);
+    let mut lasting = Lasting::default();
+    let result = connect_again_and_again(&mut me, connector, clock, &mut desk, observer, &mut lasting).await;
+    observer.event(ClientEvent::Traffic { rounds: lasting.rounds() });
+    result
+}
+
+/// Connections one after the other, until one of them brings the end.
+async fn connect_again_and_again<C: Connector, K: Clock, S: Keeper, O: Observer>(
+    me: &mut Participant<'_>,
+    connector: &mut C,
+    clock: &K,
+    desk: &mut Desk<'_, K, S>,
+    observer: &mut O,
+    lasting: &mut Lasting,
+) -> Result<Outcome, ClientError> {
+    let mut work = Work::default();
+    let mut tries = 0u32;
     loop {
         let result = match connector.connect().await {
             Ok(transport) => {
-                let mut link = Link::new(transport, &mut *observer);
-                let result = take_part(&mut me, &mut work, &mut link, &mut desk).await;
-                if matches!(result, Err(Interruption::Left)) {
-                    drop(link.send(&ClientMessage::Leave).await); // a courtesy: the server would notice anyway
+                let mut link = Link::going_on(transport, &mut *observer, std::mem::take(lasting));
+                let result = take_part(me, &mut work, &mut link, desk).await;
+                match &result {
+                    Ok(_) => link.part(&ClientMessage::Bye, clock).await,
+                    Err(Interruption::Left) => link.part(&ClientMessage::Leave, clock).await,
+                    Err(_) => {}
                 }
                 if link.progressed {
                     tries = 0;
                 }
+                *lasting = link.end();
                 result
             }
             Err(e) => Err(e.into()),
@@ -297,9 +345,9 @@ async fn take_part<T: Transport, O: Observer, K: Clock, S: Keeper>(
     link: &mut Link<'_, T, O>,
     desk: &mut Desk<'_, K, S>,
 ) -> Result<Outcome, Interruption> {
-    let (id, settings) = shake_hands(me, work, link, desk).await?;
-    let like = AdapterState::zeros(settings.adapters, settings.rank, me.edge.config.text.hidden);
-    let agreed = Agreed { me, settings, id };
+    let agreed = shake_hands(me, work, link, desk).await?;
+    let (settings, hidden) = (&agreed.settings, agreed.me.edge.config.text.hidden);
+    let like = AdapterState::zeros(settings.adapters, settings.rank, hidden);
     loop {
         match link.next().await? {
             ServerMessage::Round { round, adapter } => {
@@ -328,6 +376,7 @@ async fn take_part<T: Transport, O: Observer, K: Clock, S: Keeper>(
             | ServerMessage::Evaluated { .. }
             | ServerMessage::Generated { .. }
             | ServerMessage::RequestRefused { .. }
+            | ServerMessage::Missing { .. }
             | ServerMessage::UpdateAccepted { .. }
             | ServerMessage::UpdateRefused { .. } => {}
             // The link keeps these for itself.
@@ -338,28 +387,45 @@ async fn take_part<T: Transport, O: Observer, K: Clock, S: Keeper>(
 }
 
 /// Say who this is; what the server answers decides whether earlier work goes on.
-async fn shake_hands<T: Transport, O: Observer, K: Clock, S: Keeper>(
-    me: &mut Participant<'_>,
+async fn shake_hands<'m, T: Transport, O: Observer, K: Clock, S: Keeper>(
+    me: &'m mut Participant<'_>,
     work: &mut Work,
     link: &mut Link<'_, T, O>,
     desk: &mut Desk<'_, K, S>,
-) -> Result<(ParticipantId, FederationSettings), Interruption> {
+) -> Result<Agreed<'m>, Interruption> {
     link.send(&ClientMessage::Hello(me.hello.clone())).await?;
     match link.receive().await? {
-        ServerMessage::Welcome { participant, token, returning: resumed, settings, status } => {
+        ServerMessage::Welcome { participant: id, token, returning: resumed, settings, agreement, status } => {
             settings
                 .validate()
                 .map_err(|faults| protocol(&format!("settings that cannot be used ({})", faults.join("; "))))?;
-            if desk.bind(&token, &settings) || !resumed {
+            check_offered(&agreement, &me.hello.offer)?;
+            let other = desk.bind(&token, &settings);
+            if other || !resumed {
                 // Somebody new to this server, or new here: what was trained in memory belongs to another participation.
                 let kept = desk.kept(resumed).await;
-                *work = Work { round: None, local: kept.as_ref().and_then(RoundSnapshot::local), kept };
+                let (local, cache) = (kept.as_ref().and_then(RoundSnapshot::local), work.cache.take());
+                *work = Work { round: None, local, kept, cache };
+                link.forget();
             }
-            me.hello.edge_bytes = 0; // reported once
-            link.observer.event(ClientEvent::Joined { participant, token: &token, settings: &settings, resumed });
+            link.count_download(std::mem::take(&mut me.hello.edge_bytes)); // told once
+            me.hello.download = None;
+            link.agree(agreement, rounding_seed(settings.seed, id));
+            let cache = work.features(me, &agreement)?;
+            if other && resumed {
+                // A program that comes back: what the server lacks of its pictures it will ask for.
+                link.assume_sent(&cache);
+            }
+            link.observer.event(ClientEvent::Joined {
+                participant: id,
+                token: &token,
+                settings: &settings,
+                agreement: &agreement,
+                resumed,
+            });
             link.observer.event(ClientEvent::Status(&status));
             me.hello.resume = Some(token);
-            Ok((participant, settings))
+            Ok(Agreed { me, settings, agreement, id, cache })
         }
         ServerMessage::Refused(fault) => Err(ClientError::Refused(fault).into()),
         ServerMessage::Closing(fault) => Err(Interruption::Lost(fault.to_string())),
@@ -367,7 +433,27 @@ async fn shake_hands<T: Transport, O: Observer, K: Clock, S: Keeper>(
     }
 }
 
+/// The server chooses among what was offered.
+fn check_offered(agreement: &Agreement, offer: &Offer) -> Result<(), Interruption> {
+    let Agreement { mode, features, codes, gradients, matrices, deflate, labels, .. } = agreement;
+    let formats = [features, codes, gradients, matrices].into_iter().all(|format| offer.formats.contains(format));
+    let others = offer.modes.contains(mode) && offer.labels.contains(labels) && (offer.deflate || !deflate);
+    if formats && others { Ok(()) } else { Err(protocol("it chose what this program did not offer")) }
+}
+
 impl Work {
+    /// The own samples in the form that was agreed on.
+    fn features(&mut self, me: &Participant<'_>, agreement: &Agreement) -> Result<Arc<FeatureCache>, ClientError> {
+        if let Some((format, cache)) = &self.cache
+            && *format == agreement.features
+        {
+            return Ok(Arc::clone(cache));
+        }
+        let cache = Arc::new(me.cache.in_format(agreement.features, me.edge.config.text.hidden)?);
+        self.cache = Some((agreement.features, Arc::clone(&cache)));
+        Ok(cache)
+    }
+
     /// The local round of this number: where it was, in memory or kept, or from its beginning.
     async fn open(
         &mut self,

@@ -58,13 +58,13 @@ async fn judge_mix<T: Transport, O: Observer>(
     mixed: &AdapterState,
     link: &mut Link<'_, T, O>,
 ) -> Result<bool, Interruption> {
-    let autodiff = agreed.me.device.clone().autodiff();
+    let device = agreed.me.device;
     if state.global.is_none() {
-        let received = NanoAdapters::from_state(&state.start, &autodiff);
+        let received = NanoAdapters::from_state(&state.start, device);
         state.global = round::judge(agreed, state, &received, link).await?;
     }
     if state.global.is_some() && state.own.is_none() {
-        let mixed = NanoAdapters::from_state(mixed, &autodiff);
+        let mixed = NanoAdapters::from_state(mixed, device);
         state.own = round::judge(agreed, state, &mixed, link).await?;
     }
     Ok(state.local().is_some())

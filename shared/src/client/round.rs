@@ -1,13 +1,15 @@
 //! One local round, from its beginning to its update: [`run`] first, then what it does, in order.
 
 use super::keep::{Desk, RoundSnapshot, hash_of};
-use super::link::{Interruption, Link, Remote, settle};
+use super::link::{Interruption, Link};
+use super::remote::{Remote, settle};
 use super::{Agreed, ClientError, ClientEvent, Clock, Keeper, Observer, Transport};
+use crate::boundary::Want;
 use crate::edge::Batch;
 use crate::model::adapter::{DeviceError, NanoAdapters};
 use crate::optimizer::AdapterOptimizer;
 use crate::plain::AdapterState;
-use crate::settings::{FederationSettings, Strategy};
+use crate::settings::{FederationSettings, Overlap, Strategy};
 use crate::step::{self, Evaluation, StepRules};
 use crate::wire::{ClientMessage, FaultCode, LocalEvaluation, ParticipantId, ServerMessage, Update};
 use rand::SeedableRng;
@@ -28,7 +30,7 @@ pub(super) async fn run<T: Transport, O: Observer, K: Clock, S: Keeper>(
     let strategy = agreed.settings.strategy;
     // 1. The federation's adapters on the own test samples.
     if state.judges() && state.global.is_none() {
-        let received = NanoAdapters::from_state(&state.start, &agreed.me.device.clone().autodiff());
+        let received = NanoAdapters::from_state(&state.start, agreed.me.device);
         let Some(judged) = judge(agreed, state, &received, link).await? else { return Ok(()) };
         state.global = Some(judged);
     }
@@ -65,36 +67,53 @@ pub(super) async fn judge<T: Transport, O: Observer>(
     adapters: &NanoAdapters,
     link: &mut Link<'_, T, O>,
 ) -> Result<Option<Evaluation>, Interruption> {
-    let Agreed { me, settings, .. } = agreed;
+    let Agreed { me, settings, cache, .. } = agreed;
     let mut boundary = Remote::new(link, state.round, settings.max_staleness);
     let (rows, size) = (&state.plan.test, settings.batch_size);
-    let judged = step::evaluate(me.edge, Some(adapters), me.cache, rows, size, &mut boundary, me.device).await;
+    let judged = step::evaluate(me.edge, Some(adapters), cache, rows, size, &mut boundary, me.device).await;
     settle(judged)
 }
 
 /// All optimiser steps that are left; false: cancelled.
+///
+/// With overlap `stale` the next step's codes are on their way before the answer to this step has come: they are made with adapters that
+/// lack one step. Nothing of such a step is kept: whoever comes back begins it anew. A round's last step leaves none behind.
 pub(super) async fn train<T: Transport, O: Observer, K: Clock, S: Keeper>(
     agreed: &Agreed<'_>,
     state: &mut LocalRound,
     link: &mut Link<'_, T, O>,
     desk: &mut Desk<'_, K, S>,
 ) -> Result<bool, Interruption> {
-    let Agreed { me, settings, .. } = agreed;
+    let Agreed { me, settings, agreement, .. } = agreed;
     let (round, steps) = (state.round, state.steps());
+    // Two steps of one request each: as many as may be under way.
+    let ahead = agreement.overlap == Overlap::Stale && at_once(settings) >= settings.batch_size;
     let near = settings.strategy == Strategy::FedProx && !state.personal;
     let start = near.then(|| NanoAdapters::from_state(&state.start, me.device));
+    let mut next = None; // the step after this one, where it has begun
     while state.step < steps {
-        let parts = state.plan.rows_of(state.step).chunks(at_once(settings));
-        let parts: Vec<Batch> = parts.map(|rows| me.edge.batch(me.cache, rows)).collect();
+        let now = match next.take() {
+            Some(begun) => begun,
+            None => {
+                let Some(begun) = begin(agreed, state, state.step, link).await? else { return Ok(false) };
+                begun
+            }
+        };
+        if ahead && state.step + 1 < steps {
+            next = begin(agreed, state, state.step + 1, link).await?;
+            if next.is_none() {
+                return Ok(false);
+            }
+        }
         let rules = StepRules {
             rate: settings.rate(round, state.step, steps),
             prox: start.as_ref().map(|start| (settings.prox_mu, start)),
             clip_norm: settings.clip_norm,
-            squares: settings.strategy == Strategy::FisherEf && !state.personal && state.plan.in_last_pass(state.step),
+            squares: state.wants_squares(settings, state.step),
         };
         let mut boundary = Remote::new(link, round, settings.max_staleness);
         let (adapters, optimizer) = (&mut state.adapters, &mut state.optimizer);
-        let report = step::train_step(adapters, optimizer, &rules, &parts, &mut boundary, me.device).await;
+        let report = step::finish_step(now, adapters, optimizer, &rules, &mut boundary, me.device).await;
         let Some(report) = settle(report)? else { return Ok(false) };
         link.progressed = true; // not at the welcome: a server whose LLM is gone still welcomes
         state.step += 1;
@@ -112,9 +131,35 @@ pub(super) async fn train<T: Transport, O: Observer, K: Clock, S: Keeper>(
             let (step, steps) = (step as u32, steps as u32);
             link.send(&ClientMessage::Progress { round, step, steps, loss }).await?;
         }
+        link.tell(desk.now());
     }
     Ok(true)
 }
+
+/// Make and send the codes of a step, as many as may be under way; none: cancelled.
+async fn begin<T: Transport, O: Observer>(
+    agreed: &Agreed<'_>,
+    state: &LocalRound,
+    step: usize,
+    link: &mut Link<'_, T, O>,
+) -> Result<Option<step::Begun>, Interruption> {
+    let Agreed { me, settings, .. } = agreed;
+    let parts = batches(agreed, state.plan.rows_of(step))?;
+    let want = if state.wants_squares(settings, step) { Want::Both } else { Want::Gradient };
+    let mut boundary = Remote::new(link, state.round, settings.max_staleness);
+    settle(step::begin_step(&state.adapters, &parts, want, &mut boundary, me.device).await)
+}
+
+/// Samples as batches of one request each.
+fn batches(agreed: &Agreed<'_>, rows: &[usize]) -> Result<Vec<Batch>, ClientError> {
+    let Agreed { me, settings, cache, .. } = agreed;
+    let requests = rows.chunks(at_once(settings));
+    let batches = requests.map(|rows| me.edge.batch(cache, rows)).collect::<Result<Vec<Batch>, _>>();
+    batches.map_err(|e| ClientError::Step(e.to_string()))
+}
+
+/// Requests of the Fisher pass between two snapshots: enough of them that transfer and work overlap.
+const FISHER_GROUP: usize = 8;
 
 /// Squares of each sample's gradients with the trained adapters; false: cancelled.
 async fn fisher_pass<T: Transport, O: Observer, K: Clock, S: Keeper>(
@@ -129,19 +174,21 @@ async fn fisher_pass<T: Transport, O: Observer, K: Clock, S: Keeper>(
     let wanted = if settings.fisher_samples == 0 { all } else { settings.fisher_samples.min(all) };
     while state.fisher_done < wanted {
         let left = state.plan.pass.get(state.fisher_done..wanted).unwrap_or_default();
-        let rows = left.chunks(at_once(settings)).next().unwrap_or_default();
-        let (batch, samples) = (me.edge.batch(me.cache, rows), rows.len());
+        let rows = left.chunks(at_once(settings).saturating_mul(FISHER_GROUP)).next().unwrap_or_default();
+        let (parts, samples) = (batches(agreed, rows)?, rows.len());
         let mut boundary = Remote::new(link, round, settings.max_staleness);
         let fisher = &mut state.fisher;
-        let done = step::fisher_batch(&state.adapters, &batch, &mut boundary, me.device, fisher).await;
+        let done = step::fisher_group(&state.adapters, &parts, &mut boundary, me.device, fisher).await;
         if settle(done)?.is_none() {
             return Ok(false);
         }
         state.fisher_done += samples;
+        link.progressed = true;
         if desk.is_due() {
             desk.keep(state.snapshot().await?).await;
         }
         link.observer.event(ClientEvent::Fisher { round, done: state.fisher_done, all: wanted });
+        link.tell(desk.now());
     }
     Ok(true)
 }
@@ -214,16 +261,16 @@ struct LocalResult {
 impl LocalRound {
     /// From the beginning. Training starts from the federation's adapters `start`, or from `own` instead.
     pub(super) fn begin(agreed: &Agreed<'_>, round: u32, start: AdapterState, own: Option<&AdapterState>) -> Self {
-        let Agreed { me, settings, id } = agreed;
+        let Agreed { me, settings, id, cache, .. } = agreed;
         let personal = round > settings.rounds;
         let epochs = if personal { settings.personal_epochs } else { settings.local_epochs };
         let steps = if personal { 0 } else { settings.local_steps as usize };
         Self {
             round,
             personal,
-            adapters: NanoAdapters::from_state(own.unwrap_or(&start), &me.device.clone().autodiff()),
+            adapters: NanoAdapters::from_state(own.unwrap_or(&start), me.device),
             optimizer: AdapterOptimizer::new(settings),
-            plan: Plan::draw(settings, *id, me.cache.samples.len(), round, epochs, steps),
+            plan: Plan::draw(settings, *id, cache.samples.len(), round, epochs, steps),
             step: 0,
             loss_sum: 0.0,
             fisher: start.zeros_like(),
@@ -273,6 +320,11 @@ impl LocalRound {
 
     pub(super) fn steps(&self) -> usize {
         self.plan.steps()
+    }
+
+    /// The step's squared gradients are part of the Fisher values.
+    fn wants_squares(&self, settings: &FederationSettings, step: usize) -> bool {
+        settings.strategy == Strategy::FisherEf && !self.personal && self.plan.in_last_pass(step)
     }
 
     /// There are own test samples.

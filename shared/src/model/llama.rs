@@ -7,7 +7,7 @@ use super::{activate, attend, split_heads};
 use crate::config::{Activation, TextConfig};
 use burn::module::{Module, Param};
 use burn::nn::{Initializer, Linear, LinearConfig};
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, IndexingUpdateOp, Int, Tensor, TensorData};
 
 /// The frozen language model without its token table.
 #[derive(Module, Debug)]
@@ -82,6 +82,46 @@ pub struct AttentionLayout {
     cos: Tensor<4>,  // [B or 1, 1, S, E/2], of the weights' type
     sin: Tensor<4>,  // [B or 1, 1, S, E/2], of the weights' type
     bias: Tensor<4>, // [B or 1, 1, S, S], f32, 0 where allowed
+    packed: Option<PackedRows>,
+}
+
+/// Rows that lie one after the other, `T` positions in all. Attention alone has to tell them apart: it sees them padded to one
+/// length, everything else sees no padding.
+#[derive(Debug, Clone)]
+struct PackedRows {
+    rows: usize,
+    longest: usize,
+    /// Where each position lies among `rows * longest`, `[T, 1]`; none: all rows are equally long, so there is no padding.
+    places: Option<Tensor<2, Int>>,
+}
+
+impl PackedRows {
+    /// `[1, T, W]` -> `[B, S, W]`, zeros where a row is shorter. Each place is written once, so both ways run in parallel and sums
+    /// have one order (`select` would go through the positions one by one on its way back).
+    fn apart(&self, x: Tensor<3>) -> Tensor<3> {
+        let [_, total, width] = x.dims();
+        let padded: Tensor<2> = match &self.places {
+            None => x.reshape([self.rows * self.longest, width]),
+            Some(places) => {
+                let zeros = Tensor::<2>::zeros([self.rows * self.longest, width], (&x.device(), x.dtype()));
+                let values: Tensor<2> = x.reshape([total, width]);
+                zeros.scatter_nd(places.clone(), values, IndexingUpdateOp::Add)
+            }
+        };
+        padded.reshape([self.rows, self.longest, width])
+    }
+
+    /// `[B, S, W]` -> `[1, T, W]`
+    fn together(&self, x: Tensor<3>) -> Tensor<3> {
+        let width = x.dims()[2];
+        let padded: Tensor<2> = x.reshape([self.rows * self.longest, width]);
+        let packed: Tensor<2> = match &self.places {
+            None => padded,
+            Some(places) => padded.gather_nd(places.clone()),
+        };
+        let total = packed.dims()[0];
+        packed.reshape([1, total, width])
+    }
 }
 
 /// Rotated keys and values of all positions so far, in the weights' type, for decoding token by token.
@@ -167,7 +207,7 @@ impl Llama {
     /// Residual stream after the final norm, i.e. what the head reads.
     ///
     /// # Shapes
-    /// - h: `[B, S, D]`, output: `[B, S, D]`, of the weights' type
+    /// - h: `[B, S, D]` (`[1, T, D]` with [`Self::rows_layout`]), output: the same, of the weights' type
     pub fn forward(&self, h: Tensor<3>, layout: &AttentionLayout) -> Tensor<3> {
         let mut h = h.cast(self.dtype());
         for layer in &self.layers {
@@ -217,6 +257,21 @@ impl Llama {
         self.lm_head.forward(hidden).cast(DType::F32)
     }
 
+    /// Causal attention within each of several rows that lie one after the other, for an input of `[1, T, D]`, `T` the sum of the
+    /// lengths. No length may be 0.
+    pub fn rows_layout(&self, lengths: &[usize], device: &Device) -> AttentionLayout {
+        let longest = lengths.iter().copied().max().unwrap_or(0);
+        let place = |(row, length): (usize, &usize)| (row * longest..row * longest + length).map(|at| at as i64);
+        let places: Vec<i64> = lengths.iter().enumerate().flat_map(place).collect();
+        let count = places.len();
+        let places = match count == lengths.len() * longest {
+            true => None,
+            false => Some(Tensor::from_data(TensorData::new(places, [count, 1]), device)),
+        };
+        let packed = Some(PackedRows { rows: lengths.len(), longest, places });
+        AttentionLayout { packed, ..self.causal_layout(longest, device) }
+    }
+
     /// Plain causal attention over positions 0..S. Right padding needs no mask: real positions never see it.
     pub fn causal_layout(&self, seq: usize, device: &Device) -> AttentionLayout {
         let positions: Vec<u32> = (0..seq as u32).collect();
@@ -230,7 +285,7 @@ impl Llama {
         let seen = |i: usize, j: usize| if j <= past + i { 0.0 } else { FORBIDDEN };
         let bias: Vec<f32> = (0..new).flat_map(|i| (0..past + new).map(move |j| seen(i, j))).collect();
         let bias = Tensor::from_data(TensorData::new(bias, [1, 1, new, past + new]), device);
-        AttentionLayout { cos, sin, bias }
+        AttentionLayout { cos, sin, bias, packed: None }
     }
 
     /// Cosines and sines, `[B, 1, S, E/2]` each and rounded to the weights' type, of B rows of S positions.
@@ -260,7 +315,7 @@ impl Llama {
             }
         }
         let bias = Tensor::from_data(TensorData::new(bias, [b, 1, s, s]), device);
-        AttentionLayout { cos, sin, bias }
+        AttentionLayout { cos, sin, bias, packed: None }
     }
 }
 
@@ -274,9 +329,13 @@ impl DecoderLayer {
 impl Attention {
     /// `kept`: keys and values of earlier positions; the new ones are added.
     fn forward(&self, x: Tensor<3>, layout: &AttentionLayout, kept: &mut Option<&mut Option<KeysValues>>) -> Tensor<3> {
-        let q = rotate(split_heads(self.q_proj.forward(x.clone()), self.heads), layout);
-        let k = rotate(split_heads(self.k_proj.forward(x.clone()), self.kv_heads), layout);
-        let v = split_heads(self.v_proj.forward(x), self.kv_heads);
+        let apart = |x: Tensor<3>| match &layout.packed {
+            None => x,
+            Some(rows) => rows.apart(x),
+        };
+        let q = rotate(split_heads(apart(self.q_proj.forward(x.clone())), self.heads), layout);
+        let k = rotate(split_heads(apart(self.k_proj.forward(x.clone())), self.kv_heads), layout);
+        let v = split_heads(apart(self.v_proj.forward(x)), self.kv_heads);
         let (k, v) = match kept {
             None => (k, v),
             Some(kept) => {
@@ -290,7 +349,11 @@ impl Attention {
         };
         let groups = self.heads / self.kv_heads;
         let (k, v) = (repeat_heads(k, groups), repeat_heads(v, groups));
-        self.o_proj.forward(attend(q, k, v, Some(layout.bias.clone())))
+        let attended = attend(q, k, v, Some(layout.bias.clone())); // [B,S,H*E]
+        self.o_proj.forward(match &layout.packed {
+            None => attended,
+            Some(rows) => rows.together(attended),
+        })
     }
 }
 

@@ -6,7 +6,8 @@ mod file;
 mod names;
 
 pub use file::put_over;
-pub use names::{AdapterChoice, OptimizerKind, Strategy, UnknownName};
+pub(crate) use names::named;
+pub use names::{AdapterChoice, BoundaryChoice, Format, OptimizerKind, Overlap, Rounding, Strategy, UnknownName};
 
 use serde::{Deserialize, Serialize};
 use std::f64::consts::PI;
@@ -101,6 +102,22 @@ pub struct FederationSettings {
     pub round_deadline_s: u64,
     /// How long a round waits for a participant whose connection was lost, seconds.
     pub grace_s: u64,
+    /// What goes over the boundary; `auto` is settled for each participant at the handshake.
+    pub boundary: BoundaryChoice,
+    /// Number format of picture features, sent once (`low-rank`); always to the nearest.
+    pub feature_format: Format,
+    /// Number format of what goes up at each position: hidden states (`activations`) or codes (`low-rank`).
+    pub code_format: Format,
+    /// Number format of their gradients, downward.
+    pub gradient_format: Format,
+    /// Number format of the `up` matrices and of their gradients (`low-rank`).
+    pub matrix_format: Format,
+    /// How numbers are rounded to `f16` and `int8`.
+    pub rounding: Rounding,
+    /// What is sent in those formats is deflated where that is smaller.
+    pub compress: bool,
+    /// What a client does while the server computes.
+    pub overlap: Overlap,
 }
 
 impl Default for FederationSettings {
@@ -149,6 +166,14 @@ impl Default for FederationSettings {
             staleness_power: 0.5,
             round_deadline_s: 1800,
             grace_s: 20,
+            boundary: BoundaryChoice::Auto,
+            feature_format: Format::F32,
+            code_format: Format::F32,
+            gradient_format: Format::F32,
+            matrix_format: Format::F32,
+            rounding: Rounding::Nearest,
+            compress: false,
+            overlap: Overlap::Parts,
         }
     }
 }
@@ -166,6 +191,7 @@ impl FederationSettings {
         self.check_training(&mut faults);
         self.check_merging(&mut faults);
         self.check_rounds(&mut faults);
+        self.check_boundary(&mut faults);
         if faults.0.is_empty() { Ok(()) } else { Err(faults.0) }
     }
 
@@ -250,6 +276,16 @@ impl FederationSettings {
         faults.whole("grace_s", self.grace_s, 0, YEAR);
     }
 
+    fn check_boundary(&self, faults: &mut Faults) {
+        let whole = self.micro_batch == 0 || self.micro_batch == self.batch_size;
+        faults.need(self.overlap != Overlap::Stale || whole, || {
+            format!(
+                "overlap is 'stale', which sends the next step's batch before this step's is answered, and micro_batch is {}; set micro_batch to 0, or overlap to 'parts'",
+                self.micro_batch
+            )
+        });
+    }
+
     /// Learning rate of a step (0 to `steps` - 1) of a round (1 to `rounds`).
     pub fn rate(&self, round: u32, step: usize, steps: usize) -> f64 {
         let part = f64::from(round.saturating_sub(1)) / f64::from(self.rounds.saturating_sub(1).max(1));
@@ -312,7 +348,7 @@ mod tests {
     #[test]
     fn each_value_out_of_range_is_named() {
         type Change = fn(&mut FederationSettings);
-        let cases: [(&str, Change); 18] = [
+        let cases: [(&str, Change); 19] = [
             ("local_epochs", |s| s.local_epochs = 0),
             ("micro_batch", |s| s.micro_batch = 9),
             ("momentum", |s| s.momentum = 1.0),
@@ -331,6 +367,7 @@ mod tests {
             ("fraction", |s| s.fraction = 0.0),
             ("staleness_power", |s| s.staleness_power = -1.0),
             ("round_deadline_s", |s| s.round_deadline_s = u64::MAX),
+            ("overlap", |s| (s.overlap, s.micro_batch) = (Overlap::Stale, 4)),
         ];
         for (name, change) in cases {
             let mut settings = FederationSettings::default();
@@ -338,6 +375,14 @@ mod tests {
             let faults = settings.validate().unwrap_err();
             assert!(faults.len() == 1 && faults[0].starts_with(name), "{name}: {faults:?}");
         }
+    }
+
+    #[test]
+    fn stale_steps_take_whole_batches() {
+        for micro_batch in [0, 8] {
+            FederationSettings { overlap: Overlap::Stale, micro_batch, ..Default::default() }.validate().unwrap();
+        }
+        FederationSettings { overlap: Overlap::Parts, micro_batch: 4, ..Default::default() }.validate().unwrap();
     }
 
     #[test]
@@ -368,7 +413,16 @@ mod tests {
 
     #[test]
     fn settings_go_through_the_handshake() {
-        let settings = FederationSettings { strategy: Strategy::FisherAdam, fisher_unit: true, ..Default::default() };
+        let settings = FederationSettings {
+            strategy: Strategy::FisherAdam,
+            fisher_unit: true,
+            boundary: BoundaryChoice::LowRank,
+            code_format: Format::Int8,
+            rounding: Rounding::Stochastic,
+            compress: true,
+            overlap: Overlap::Stale,
+            ..Default::default()
+        };
         let bytes = postcard::to_stdvec(&settings).unwrap();
         assert_eq!(postcard::from_bytes::<FederationSettings>(&bytes).unwrap(), settings);
         let json = serde_json::to_string(&settings).unwrap();

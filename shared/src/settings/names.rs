@@ -1,8 +1,4 @@
-//! What is chosen by a word: strategy, adapters, optimiser.
-
-use serde::{Deserialize, Serialize};
-use std::fmt;
-use std::str::FromStr;
+//! What is chosen by a word: strategy, adapters, optimiser, and what goes over the network in which form.
 
 /// A word that names none of the choices.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -13,11 +9,19 @@ pub struct UnknownName {
     choices: String,
 }
 
-/// An enum whose variants have one name each, the same in TOML, JSON, flags and messages.
+impl UnknownName {
+    /// `choices` are all the words that there are.
+    pub(crate) fn new(word: &str, what: &'static str, choices: &[&str]) -> Self {
+        Self { word: word.to_owned(), what, choices: choices.join(", ") }
+    }
+}
+
+/// An enum whose variants have one name each, the same in TOML, JSON, flags and messages. Where it is used, [`UnknownName`] must be
+/// in scope.
 macro_rules! named {
     ($(#[$meta:meta])* $type:ident, $what:tt { $($(#[$doc:meta])* $variant:ident = $name:tt,)+ }) => {
         $(#[$meta])*
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, ::serde::Serialize, ::serde::Deserialize)]
         pub enum $type {
             $($(#[$doc])* #[serde(rename = $name)] $variant,)+
         }
@@ -34,25 +38,23 @@ macro_rules! named {
             }
         }
 
-        impl fmt::Display for $type {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        impl ::std::fmt::Display for $type {
+            fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
                 f.pad(self.name())
             }
         }
 
-        impl FromStr for $type {
+        impl ::std::str::FromStr for $type {
             type Err = UnknownName;
 
             fn from_str(word: &str) -> Result<Self, UnknownName> {
-                Self::ALL.into_iter().find(|choice| choice.name() == word).ok_or_else(|| UnknownName {
-                    word: word.to_owned(),
-                    what: $what,
-                    choices: Self::ALL.map(Self::name).join(", "),
-                })
+                let named = Self::ALL.into_iter().find(|choice| choice.name() == word);
+                named.ok_or_else(|| UnknownName::new(word, $what, &Self::ALL.map(Self::name)))
             }
         }
     };
 }
+pub(crate) use named;
 
 named! {
     /// How participants train and how their updates become the next model; one file each in [`crate::aggregate`].
@@ -121,6 +123,52 @@ named! {
     }
 }
 
+named! {
+    /// What goes over the boundary between client and LLM.
+    BoundaryChoice, "mode of the boundary" {
+        /// Whichever of the two needs fewer bytes for a participant's data.
+        Auto = "auto",
+        /// Hidden states up, their gradients down.
+        Activations = "activations",
+        /// Features once, then the adapters' codes up and the gradients of those down: the same mathematics in fewer numbers.
+        LowRank = "low-rank",
+    }
+}
+
+named! {
+    /// How a number is sent.
+    Format, "number format" {
+        /// 4 bytes: exact.
+        F32 = "f32",
+        /// 2 bytes, and a power of two for all numbers of a tensor.
+        F16 = "f16",
+        /// 1 byte, and a scale for each row.
+        Int8 = "int8",
+    }
+}
+
+named! {
+    /// To which of its two neighbours a number goes.
+    Rounding, "rounding" {
+        /// The nearer one: the smallest error of each number.
+        Nearest = "nearest",
+        /// One by lot, the nearer one more often: errors have no direction, so they do not add up over steps.
+        Stochastic = "stochastic",
+    }
+}
+
+named! {
+    /// What a client does while the server computes.
+    Overlap, "overlap" {
+        /// It waits for each answer.
+        Off = "off",
+        /// The next part of the same step is computed and sent; the result is the same.
+        Parts = "parts",
+        /// So is the next step's batch, with adapters that lack this step: faster on slow links, another result.
+        Stale = "stale",
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -133,6 +181,11 @@ mod tests {
         }
         assert_eq!("image".parse::<AdapterChoice>(), Ok(AdapterChoice::Image));
         assert_eq!(serde_json::from_str::<OptimizerKind>("\"sgd\"").unwrap(), OptimizerKind::Sgd);
+        assert_eq!("low-rank".parse::<BoundaryChoice>(), Ok(BoundaryChoice::LowRank));
+        assert_eq!(Format::ALL.map(Format::name), ["f32", "f16", "int8"]);
+        assert_eq!([Rounding::Stochastic.name(), Overlap::Stale.name()], ["stochastic", "stale"]);
+        let words = "int4".parse::<Format>().unwrap_err().to_string();
+        assert_eq!(words, "'int4' is no number format; choose f32, f16, int8");
         let words = "fedvag".parse::<Strategy>().unwrap_err().to_string();
         assert!(words.contains("'fedvag' is no strategy") && words.contains("trimmed-mean"), "{words}");
     }

@@ -3,56 +3,76 @@
 use super::stage::{Notes, Stage, take_part};
 use super::{Bench, RANK, length, settings};
 use anyhow::{Context, ensure};
+use fednano_shared::boundary::{BoundaryRequest, Input, Part};
 use fednano_shared::client::{Forgetful, Outcome};
 use fednano_shared::edge::Batch;
-use fednano_shared::plain::{AdapterState, BoundaryRequest};
-use fednano_shared::settings::{AdapterChoice, FederationSettings, OptimizerKind, Strategy};
+use fednano_shared::plain::{AdapterState, TensorBlob};
+use fednano_shared::settings::{AdapterChoice, BoundaryChoice, FederationSettings, OptimizerKind, Overlap, Strategy};
 use fednano_shared::step;
-use fednano_tests::{LIMIT, adapters_close, block};
+use fednano_tests::{LIMIT, MODES, adapters_close, block};
 use std::collections::BTreeSet;
 
 /// The samples of a request, by what is at their text positions: the image adapter leaves those as they are.
 fn samples_of(bench: &Bench, request: &BoundaryRequest) -> anyhow::Result<Vec<usize>> {
-    let (seq, dim) = (request.hidden.shape[1], request.hidden.shape[2]);
-    let same = |row: &[f32], length: usize, sample: &Batch| {
-        sample.lengths == [length as u32]
-            && (0..length).all(|at| {
-                sample.image_mask.data[at] == 1.0 || row[at * dim..][..dim] == sample.x.data[at * dim..][..dim]
-            })
+    let values = match &request.input {
+        Input::Hidden(hidden) => hidden,
+        Input::Codes(input) => &*input.x,
+    };
+    let dim = values.shape[1];
+    let at = |blob: &TensorBlob, position: usize| blob.data[position * dim..][..dim].to_vec();
+    let same = |start: usize, length: u32, sample: &Batch| {
+        sample.positions.lengths == [length]
+            && sample.positions.of(Part::Text).into_iter().all(|p| at(values, start + p) == at(&sample.x, p))
     };
     let singles: Vec<Batch> = (0..bench.cache.samples.len()).map(|i| bench.batch(&[i])).collect();
-    let rows = request.hidden.data.chunks(seq * dim).zip(&request.lengths);
-    rows.map(|(row, length)| {
-        singles.iter().position(|s| same(row, *length as usize, s)).context("a row that is no sample")
-    })
-    .collect()
+    let rows = request.positions.starts().into_iter().zip(&request.positions.lengths);
+    rows.map(|(start, length)| singles.iter().position(|s| same(start, *length, s)).context("a row that is no sample"))
+        .collect()
+}
+
+/// Nothing is added to the features.
+fn untouched(bench: &Bench, request: &BoundaryRequest) -> bool {
+    match &request.input {
+        Input::Hidden(hidden) => {
+            let known: BTreeSet<u32> = bench.all().x.data.iter().map(|v| v.to_bits()).collect();
+            hidden.data.iter().all(|v| known.contains(&v.to_bits()))
+        }
+        Input::Codes(input) => input.up.iter().flat_map(|(_, up)| &up.data).all(|v| *v == 0.0),
+    }
 }
 
 pub fn local_test() -> anyhow::Result<()> {
     block(LIMIT, async {
-        let bench = Bench::of(10).await?;
-        let choice = FederationSettings { adapters: AdapterChoice::Image, local_test: 0.3, ..settings() };
-        let settings = FederationSettings { rounds: 2, local_epochs: 2, strategy: Strategy::Fisher, ..choice };
-        let stage = Stage::new(&bench, &settings);
-        take_part(&bench, &stage, &mut Forgetful).await?;
-        let mut trained = BTreeSet::new();
-        for (_, request) in stage.trained.borrow().iter() {
-            trained.extend(samples_of(&bench, request)?);
+        for (boundary, _) in MODES {
+            local_test_in(boundary).await?;
         }
-        let mut judged = Vec::new();
-        for request in stage.evaluated.borrow().iter() {
-            judged.push(samples_of(&bench, request)?.into_iter().collect::<BTreeSet<_>>());
-        }
-        println!("trained on {trained:?}, judged by {judged:?}");
-        ensure!(judged.len() == 4 && judged.iter().all(|rows| *rows == judged[0]), "twice a round, always the same");
-        ensure!(trained.len() == 7 && judged[0].len() == 3 && trained.is_disjoint(&judged[0]), "{trained:?}");
-        let updates = stage.updates.borrow();
-        let locals = updates.iter().map(|u| u.local.context("no judgement")).collect::<anyhow::Result<Vec<_>>>()?;
-        ensure!(updates.iter().all(|u| u.samples == 7), "samples are counted that nobody trained on");
-        ensure!(locals.iter().all(|l| (l.global.samples, l.own.samples) == (3, 3)), "{locals:?}");
-        ensure!(locals[0].global == locals[1].global && locals[0].own.loss != locals[0].global.loss, "{locals:?}");
         Ok(())
     })
+}
+
+async fn local_test_in(boundary: BoundaryChoice) -> anyhow::Result<()> {
+    let bench = Bench::of(10).await?;
+    let choice = FederationSettings { adapters: AdapterChoice::Image, local_test: 0.3, boundary, ..settings() };
+    let settings = FederationSettings { rounds: 2, local_epochs: 2, strategy: Strategy::Fisher, ..choice };
+    let stage = Stage::new(&bench, &settings);
+    take_part(&bench, &stage, &mut Forgetful).await?;
+    let mut trained = BTreeSet::new();
+    for (_, request) in stage.trained.borrow().iter() {
+        trained.extend(samples_of(&bench, request)?);
+    }
+    let mut judged = Vec::new();
+    for request in stage.evaluated.borrow().iter() {
+        judged.push(samples_of(&bench, request)?.into_iter().collect::<BTreeSet<_>>());
+    }
+    println!("trained on {trained:?}, judged by {judged:?}");
+    ensure!(judged.len() == 4 && judged.iter().all(|rows| *rows == judged[0]), "twice a round, always the same");
+    ensure!(trained.len() == 7 && judged[0].len() == 3 && trained.is_disjoint(&judged[0]), "{trained:?}");
+    let updates = stage.updates.borrow();
+    let locals = updates.iter().map(|u| u.local.context("no judgement")).collect::<anyhow::Result<Vec<_>>>()?;
+    ensure!(updates.iter().all(|u| u.samples == 7), "samples are counted that nobody trained on");
+    ensure!(locals.iter().all(|l| (l.global.samples, l.own.samples) == (3, 3)), "{locals:?}");
+    ensure!(locals[0].global == locals[1].global && locals[0].own.loss != locals[0].global.loss, "{locals:?}");
+    Ok(())
 }
 
 pub fn local_steps() -> anyhow::Result<()> {
@@ -65,14 +85,15 @@ pub fn local_steps() -> anyhow::Result<()> {
             let (_, steps) = take_part(&bench, &stage, &mut Forgetful).await?;
             let expected: Vec<_> = (1..=2).flat_map(|round| (1..=5).map(move |step| (round, step))).collect();
             ensure!(steps == expected, "{steps:?}");
-            let found: Vec<usize> = stage.trained.borrow().iter().map(|(_, r)| r.lengths.len()).collect();
+            let found: Vec<usize> = stage.trained.borrow().iter().map(|(_, r)| r.positions.rows()).collect();
             ensure!(found == sizes.repeat(10), "requests of {found:?} samples");
         }
         Ok(())
     })
 }
 
-/// Stopped before each training request in turn, and gone on with from what was kept.
+/// Stopped before each training request in turn, and gone on with from what was kept; in both modes, with one request under way and
+/// with two.
 pub fn reload() -> anyhow::Result<()> {
     block(LIMIT, async {
         let bench = Bench::of(10).await?;
@@ -85,30 +106,43 @@ pub fn reload() -> anyhow::Result<()> {
             (Strategy::FedDpaF, OptimizerKind::AdamW),
         ];
         for (strategy, optimizer) in cases {
-            let settings = FederationSettings { strategy, optimizer, rounds: 2, micro_batch: 3, ..settings() };
-            let settings = FederationSettings { local_test: 0.2, clip_norm: 0.5, ..settings };
-            let whole = Stage::new(&bench, &settings);
-            let (expected, steps) = take_part(&bench, &whole, &mut Forgetful).await?;
-            let requests = whole.trained.borrow().len();
-            for cut in 0..requests {
-                let (stage, mut notes) = (Stage::new(&bench, &settings), Notes::default());
-                stage.leave_after.set(Some(cut));
-                let (left, before) = take_part(&bench, &stage, &mut notes).await?;
-                ensure!(left == Outcome::Left && notes.0.is_some(), "{strategy}, {cut}: {left:?}");
-                stage.leave_after.set(None);
-                let (outcome, after) = take_part(&bench, &stage, &mut notes).await?;
-                ensure!(outcome == expected, "{strategy}: it ends otherwise after a break at request {cut}");
-                ensure!(*stage.updates.borrow() == *whole.updates.borrow(), "{strategy}, {cut}: other updates");
-                ensure!(stage.personal.get() == whole.personal.get(), "{strategy}, {cut}: another judgement");
-                // A step whose first part was answered is asked for again, and nothing else.
-                let again = stage.trained.borrow().len() - requests;
-                ensure!(again <= 1, "{strategy}, {cut}: {again} requests were made twice");
-                ensure!([before, after].concat() == steps, "{strategy}, {cut}: a step was done twice");
+            for (boundary, overlap) in
+                [(BoundaryChoice::Activations, Overlap::Off), (BoundaryChoice::LowRank, Overlap::Parts)]
+            {
+                let settings = FederationSettings { strategy, optimizer, boundary, overlap, ..settings() };
+                let settings = FederationSettings { rounds: 2, micro_batch: 3, ..settings };
+                reload_at_every_request(&bench, &FederationSettings { local_test: 0.2, clip_norm: 0.5, ..settings })
+                    .await
+                    .with_context(|| format!("{strategy}, {boundary}"))?;
             }
-            println!("{strategy}: {requests} breaks");
         }
         Ok(())
     })
+}
+
+async fn reload_at_every_request(bench: &Bench, settings: &FederationSettings) -> anyhow::Result<()> {
+    let whole = Stage::new(bench, settings);
+    let (expected, steps) = take_part(bench, &whole, &mut Forgetful).await?;
+    let requests = whole.trained.borrow().len();
+    for cut in 0..requests {
+        let (stage, mut notes) = (Stage::new(bench, settings), Notes::default());
+        stage.leave_after.set(Some(cut));
+        let (left, before) = take_part(bench, &stage, &mut notes).await?;
+        ensure!(left == Outcome::Left && notes.0.is_some(), "{cut}: {left:?}");
+        stage.leave_after.set(None);
+        let (outcome, after) = take_part(bench, &stage, &mut notes).await?;
+        ensure!(outcome == expected, "it ends otherwise after a break at request {cut}");
+        ensure!(*stage.updates.borrow() == *whole.updates.borrow(), "{cut}: other updates");
+        ensure!(stage.personal.get() == whole.personal.get(), "{cut}: another judgement");
+        // A step of which a part was answered is asked for again, and nothing else: it has two parts. So is the Fisher pass, whose
+        // eight samples make one group of three requests.
+        let again = stage.trained.borrow().len() - requests;
+        let most = if settings.strategy == Strategy::Fisher { 2 } else { 1 };
+        ensure!(again <= most, "{cut}: {again} requests were made twice");
+        ensure!([before, after].concat() == steps, "{cut}: a step was done twice");
+    }
+    println!("{}, {}: {requests} breaks", settings.strategy, settings.boundary);
+    Ok(())
 }
 
 /// A server that does not know who comes back has another federation, be its settings the same: the round begins at its beginning.
@@ -173,9 +207,7 @@ pub fn strategies() -> anyhow::Result<()> {
             // The played server always sends adapters that do nothing; alone, one goes on from one's own.
             let trained = stage.trained.borrow();
             let (_, first) = trained.iter().find(|(round, _)| *round == 2).context("no second round")?;
-            let known: BTreeSet<u32> = bench.all().x.data.iter().map(|v| v.to_bits()).collect();
-            let untouched = first.hidden.data.iter().all(|v| *v == 0.0 || known.contains(&v.to_bits()));
-            ensure!(untouched == (strategy != Strategy::Local), "{strategy}: round 2 begins elsewhere");
+            ensure!(untouched(&bench, first) == (strategy != Strategy::Local), "{strategy}: round 2 begins elsewhere");
             ensure!(own.is_some() == strategy.personal(), "{strategy}: own adapters");
             let rank = own.and_then(|own| own.rank());
             let expected = match strategy {
@@ -202,7 +234,7 @@ pub fn fisher_without_a_pass() -> anyhow::Result<()> {
             let (start, device) = (bench.adapters(&stage.adapter), &bench.halves.device);
             let mut expected = stage.adapter.zeros_like();
             if strategy == Strategy::FisherEf {
-                step::fisher_batch(&start, &bench.all(), &mut bench.llm(), device, &mut expected).await?;
+                step::fisher_group(&start, &[bench.all()], &mut bench.llm(), device, &mut expected).await?;
                 expected.scale(0.25);
             } else {
                 expected = step::gradients(&start, &bench.all(), &mut bench.llm(), device).await?.1;

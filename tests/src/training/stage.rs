@@ -1,29 +1,42 @@
 //! A server that the test plays, and a participant of it.
 
 use super::Bench;
+use fednano_shared::boundary::{BoundaryReply, BoundaryRequest, Pair, Place};
 use fednano_shared::client::keep::token_of;
 use fednano_shared::client::{
     ClientEvent, Clock, Connector, Keeper, Observer, Outcome, Participant, Transport, TransportError, participate,
 };
+use fednano_shared::edge::Batch;
 use fednano_shared::model::adapter::NanoAdapters;
-use fednano_shared::plain::{AdapterState, BoundaryRequest};
-use fednano_shared::settings::FederationSettings;
-use fednano_shared::step::{FrozenLlm, InProcess, LlmBoundary};
+use fednano_shared::plain::{AdapterState, TensorBlob};
+use fednano_shared::settings::{BoundaryChoice, FederationSettings};
+use fednano_shared::step::{InProcess, LlmBoundary};
+use fednano_shared::wire::agreement::{Agreement, BoundaryMode};
+use fednano_shared::wire::convert::{Shapes, Sources};
+use fednano_shared::wire::numbers::{Packed, PictureKey};
 use fednano_shared::wire::{
-    self, ClientMessage, Hello, LocalEvaluation, ParticipantId, Phase, Purpose, ServerMessage, SessionToken, Status,
-    Update,
+    self, ClientMessage, Hello, LocalEvaluation, ParticipantId, Phase, ServerMessage, SessionToken, Status, Update,
+    WireReply, WireRequest,
 };
-use fednano_tests::hello;
+pub(super) use fednano_tests::Notes;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
 
-/// A server that the test plays: it answers at once, and sends the same adapters in every round.
+/// A server that the test plays: it answers at once, and sends the same adapters in every round. It speaks the mode that its settings
+/// name, else `activations`.
 pub(super) struct Stage<'a> {
-    llm: &'a FrozenLlm,
+    bench: &'a Bench,
     settings: FederationSettings,
+    agreement: Agreement,
+    boundary: Cell<Option<InProcess<'a>>>,
+    /// Any batch: the boundary in this process needs none.
+    any: Batch,
+    pictures: RefCell<BTreeMap<PictureKey, Arc<Packed>>>,
+    up: RefCell<Option<Arc<Pair<TensorBlob>>>>,
     pub(super) adapter: AdapterState,
     round: Cell<u32>,
     /// The person leaves when so many training requests are answered.
@@ -42,9 +55,18 @@ impl<'a> Stage<'a> {
     pub(super) fn new(bench: &'a Bench, settings: &FederationSettings) -> Self {
         let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
         let dim = bench.halves.edge.config.text.hidden;
+        let mode = match settings.boundary {
+            BoundaryChoice::LowRank => BoundaryMode::LowRank,
+            BoundaryChoice::Activations | BoundaryChoice::Auto => BoundaryMode::Activations,
+        };
         Self {
-            llm: &bench.halves.llm,
+            bench,
             settings: settings.clone(),
+            agreement: Agreement { mode, overlap: settings.overlap, ..Agreement::PLAIN },
+            boundary: Cell::new(Some(InProcess::new(&bench.halves.llm, mode))),
+            any: bench.batch(&[0]),
+            pictures: RefCell::default(),
+            up: RefCell::default(),
             adapter: NanoAdapters::initial(settings.adapters, settings.rank, dim, &mut rng),
             round: Cell::new(1),
             leave_after: Cell::new(None),
@@ -89,8 +111,37 @@ impl<'a> Stage<'a> {
             token,
             returning,
             settings: self.settings.clone(),
+            agreement: self.agreement,
             status,
         }
+    }
+
+    /// A request as the LLM takes it.
+    fn read(&self, request: WireRequest) -> anyhow::Result<BoundaryRequest> {
+        let edge = &self.bench.halves.edge;
+        let shapes = Shapes { dim: edge.config.text.hidden, image_positions: edge.config.image_tokens() };
+        if let Some(up) = request.matrices(&self.agreement, shapes).map_err(anyhow::Error::msg)? {
+            *self.up.borrow_mut() = Some(Arc::new(up));
+        }
+        let token = |id: u32, out: &mut [f32]| {
+            if id as usize >= edge.vocabulary() {
+                return Err(format!("token {id}"));
+            }
+            edge.token_table().row_into(id as usize, out);
+            Ok(())
+        };
+        let pictures = self.pictures.borrow();
+        let sources = Sources { up: self.up.borrow().clone(), pictures: &pictures, token: &token };
+        request.unpack(&self.agreement, shapes, &sources).map_err(anyhow::Error::msg)
+    }
+
+    async fn train(&self, request: BoundaryRequest, place: Place) -> anyhow::Result<BoundaryReply> {
+        let mut boundary = self.boundary.take().expect("one request at a time");
+        let sent = boundary.send(request, &self.any, place).await;
+        let reply = boundary.reply().await;
+        self.boundary.set(Some(boundary));
+        sent?;
+        Ok(reply?)
     }
 
     async fn answers(&self, message: ClientMessage) -> anyhow::Result<Option<Vec<ServerMessage>>> {
@@ -101,14 +152,22 @@ impl<'a> Stage<'a> {
                 if self.leave_after.get().is_some_and(|limit| number >= limit) {
                     return Ok(None);
                 }
+                let (place, request) = (request.place, self.read(request)?);
                 self.trained.borrow_mut().push((round, request.clone()));
-                let reply = InProcess(self.llm).train(request).await?;
+                let reply = WireReply::pack(&self.train(request, place).await?, &self.agreement, id)?;
                 let news = (self.hurry_at.get() == Some(number)).then(|| self.next_round());
                 news.into_iter().chain([ServerMessage::Trained { id, reply }]).collect()
             }
-            ClientMessage::Evaluate { id, request } => {
+            ClientMessage::Evaluate { id, request, .. } => {
+                let request = self.read(request)?;
                 self.evaluated.borrow_mut().push(request.clone());
-                vec![ServerMessage::Evaluated { id, reply: InProcess(self.llm).evaluate(request).await? }]
+                let mut boundary = InProcess::new(&self.bench.halves.llm, self.agreement.mode);
+                vec![ServerMessage::Evaluated { id, reply: boundary.evaluate(request, &self.any).await? }]
+            }
+            ClientMessage::Features { pictures, .. } => {
+                let pictures = pictures.into_iter().map(|(key, features)| (key, Arc::new(features)));
+                self.pictures.borrow_mut().extend(pictures);
+                Vec::new()
             }
             ClientMessage::Update(update) => {
                 let round = update.round;
@@ -169,19 +228,6 @@ impl Clock for Still {
     }
 }
 
-/// A keeper in memory.
-#[derive(Default)]
-pub(super) struct Notes(pub(super) Option<Vec<u8>>);
-
-impl Keeper for Notes {
-    async fn keep(&mut self, snapshot: &[u8]) {
-        self.0 = Some(snapshot.to_vec());
-    }
-    async fn kept(&mut self) -> Option<Vec<u8>> {
-        self.0.clone()
-    }
-}
-
 /// Hears of steps.
 #[derive(Default)]
 struct Steps(Vec<(u32, usize)>);
@@ -200,7 +246,7 @@ pub(super) async fn take_part<S: Keeper>(
     stage: &Stage<'_>,
     keeper: &mut S,
 ) -> anyhow::Result<(Outcome, Vec<(u32, usize)>)> {
-    let mut introduction = hello("me", bench.cache.samples.len(), Purpose::Train);
+    let mut introduction = fednano_tests::introduction("me", &bench.halves.edge, &bench.cache);
     introduction.resume = keeper.kept().await.as_deref().and_then(token_of);
     let me = Participant {
         hello: introduction,
