@@ -456,6 +456,7 @@ pub struct BoundaryReply {
 
 /// What the client's backward pass needs.
 #[derive(Debug, Clone, PartialEq)]
+#[allow(clippy::large_enum_variant)] // few at a time, and each holds megabytes elsewhere
 pub enum Gradient {
     /// `g = dL/dh`: `[T, D]`.
     Hidden(TensorBlob),
@@ -603,7 +604,7 @@ mod tests {
         };
         assert!(fault(codes(), none).contains("rank"));
         let vast = |r: &mut BoundaryRequest| {
-            let shape = vec![4, usize::MAX / 2];
+            let shape = [4, usize::MAX / 2];
             up(r, |up| up.image = Some(TensorBlob { shape: vec![4, usize::MAX / 2], data: Vec::new() }));
             assert_eq!(short(r).rank(), Some(shape[1]));
         };

@@ -79,8 +79,8 @@ impl Traced {
 /// `[B, S, D]`: each row from its beginning; what is behind its end is never looked at.
 fn padded(h: Tensor<2>, positions: &Positions, device: &Device) -> Tensor<3> {
     let (rows, seq, dim) = (positions.rows(), positions.longest(), h.dims()[1]);
-    let row = |(start, length): (usize, &u32)| (0..seq).map(move |at| start + at.min(*length as usize - 1));
-    let places = positions.starts().into_iter().zip(&positions.lengths).flat_map(row).collect();
+    let row = |(start, length): (usize, u32)| (0..seq).map(move |at| start + at.min(length as usize - 1));
+    let places = positions.starts().into_iter().zip(positions.lengths.iter().copied()).flat_map(row).collect();
     h.select(0, index(places, device)).reshape([rows, seq, dim])
 }
 
@@ -439,13 +439,14 @@ pub fn count_check() -> anyhow::Result<()> {
         let batch = batch(&h, 2).await?;
         let state = probe::adapters(8, h.edge.config.text.hidden);
         let adapters = NanoAdapters::from_state(&state, &h.device);
-        let faults: [(&str, BoundaryMode, fn(&mut BoundaryReply)); 6] = [
+        type Change = fn(&mut BoundaryReply);
+        let faults: [(&str, BoundaryMode, Change); 6] = [
             ("no d_up of text", BoundaryMode::LowRank, |r| codes(r, |c| c.up.text = None)),
             ("no u of text", BoundaryMode::LowRank, |r| codes(r, |c| c.codes.text = None)),
             ("another d_up", BoundaryMode::LowRank, |r| codes(r, |c| c.up.text = Some(TensorBlob::zeros(&[3, 8])))),
             ("another u", BoundaryMode::LowRank, |r| codes(r, |c| c.codes.image = Some(TensorBlob::zeros(&[1, 8])))),
             ("another g", BoundaryMode::Activations, |r| r.gradient = Gradient::Hidden(TensorBlob::zeros(&[1, 192]))),
-            ("a row too few", BoundaryMode::Activations, |r| drop(r.row_loss.pop())),
+            ("a row too few", BoundaryMode::Activations, |r| r.row_loss.truncate(1)),
         ];
         for (what, mode, change) in faults {
             let mut boundary = Faulty { inner: InProcess::new(&h.llm, mode), change };

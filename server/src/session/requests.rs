@@ -97,6 +97,7 @@ pub(super) struct Arrived {
 }
 
 /// What has become of a request.
+#[allow(clippy::large_enum_variant)] // few at a time
 pub(super) enum Computed {
     Trained(u64, Option<Slot>, Result<BoundaryReply, Fault>),
     Evaluated(u64, Result<EvaluationReply, Fault>),

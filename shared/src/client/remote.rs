@@ -37,6 +37,7 @@ pub(super) struct Waiting {
     answer: Option<Result<Answer, BoundaryError>>,
 }
 
+#[allow(clippy::large_enum_variant)] // two at a time
 enum Answer {
     Trained(BoundaryReply),
     Evaluated(EvaluationReply),

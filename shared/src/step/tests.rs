@@ -276,8 +276,9 @@ fn a_reply_that_does_not_fit_is_an_error() {
         }
     }
 
-    let faults: [(BoundaryMode, fn(&mut BoundaryReply), &str); 8] = [
-        (BoundaryMode::Activations, |r| drop(r.row_loss.pop()), "for 1 rows, 2 were sent"),
+    type Change = fn(&mut BoundaryReply);
+    let faults: [(BoundaryMode, Change, &str); 8] = [
+        (BoundaryMode::Activations, |r| r.row_loss.truncate(1), "for 1 rows, 2 were sent"),
         (BoundaryMode::Activations, |r| r.loss = f32::NAN, "NaN"),
         (BoundaryMode::Activations, |r| r.gradient = Gradient::Hidden(TensorBlob::zeros(&[6, 3])), "[6, 3]"),
         (BoundaryMode::Activations, |r| r.gradient = Gradient::Codes(CodesGradient::default()), "mode activations"),

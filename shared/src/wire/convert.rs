@@ -34,6 +34,9 @@ pub struct Shapes {
     pub image_positions: usize,
 }
 
+/// Writes the token table's row of an id, D values; a sentence where there is no such token.
+pub type Embed<'a> = dyn Fn(u32, &mut [f32]) -> Result<(), String> + 'a;
+
 /// What the server has for a request beside the request's own bytes.
 pub struct Sources<'a> {
     /// The `up` matrices last sent over the connection ([`WireRequest::matrices`]).
@@ -41,7 +44,7 @@ pub struct Sources<'a> {
     /// Features of (at least) the pictures that it names.
     pub pictures: &'a BTreeMap<PictureKey, Arc<Packed>>,
     /// Writes the table's row of a token, D values; a sentence where there is no such token.
-    pub token: &'a dyn Fn(u32, &mut [f32]) -> Result<(), String>,
+    pub token: &'a Embed<'a>,
 }
 
 /// What a client has asked for: the shape that the answer must have.

@@ -35,6 +35,7 @@ pub(super) struct Stage<'a> {
     boundary: Cell<Option<InProcess<'a>>>,
     /// Any batch: the boundary in this process needs none.
     any: Batch,
+    waiting: RefCell<VecDeque<Waiting>>,
     pictures: RefCell<BTreeMap<PictureKey, Arc<Packed>>>,
     up: RefCell<Option<Arc<Pair<TensorBlob>>>>,
     pub(super) adapter: AdapterState,
@@ -65,6 +66,7 @@ impl<'a> Stage<'a> {
             agreement: Agreement { mode, overlap: settings.overlap, ..Agreement::PLAIN },
             boundary: Cell::new(Some(InProcess::new(&bench.halves.llm, mode))),
             any: bench.batch(&[0]),
+            waiting: RefCell::default(),
             pictures: RefCell::default(),
             up: RefCell::default(),
             adapter: NanoAdapters::initial(settings.adapters, settings.rank, dim, &mut rng),
@@ -127,7 +129,7 @@ impl<'a> Stage<'a> {
             if id as usize >= edge.vocabulary() {
                 return Err(format!("token {id}"));
             }
-            edge.token_table().row_into(id as usize, out);
+            out.copy_from_slice(&edge.assemble_token(id).x.data);
             Ok(())
         };
         let pictures = self.pictures.borrow();
@@ -144,30 +146,25 @@ impl<'a> Stage<'a> {
         Ok(reply?)
     }
 
-    async fn answers(&self, message: ClientMessage) -> anyhow::Result<Option<Vec<ServerMessage>>> {
-        Ok(Some(match message {
-            ClientMessage::Hello(hello) => vec![self.welcome(&hello), self.order()],
+    /// What it says to a message, and whether the person leaves then.
+    async fn answers(&self, message: ClientMessage) -> anyhow::Result<(Vec<ServerMessage>, bool)> {
+        let said = match message {
+            ClientMessage::Hello(hello) => {
+                self.waiting.borrow_mut().clear();
+                vec![self.welcome(&hello), self.order()]
+            }
             ClientMessage::Train { id, round, request } => {
-                let number = self.trained.borrow().len();
-                if self.leave_after.get().is_some_and(|limit| number >= limit) {
-                    return Ok(None);
-                }
-                let (place, request) = (request.place, self.read(request)?);
-                self.trained.borrow_mut().push((round, request.clone()));
-                let reply = WireReply::pack(&self.train(request, place).await?, &self.agreement, id)?;
-                let news = (self.hurry_at.get() == Some(number)).then(|| self.next_round());
-                news.into_iter().chain([ServerMessage::Trained { id, reply }]).collect()
+                self.waiting.borrow_mut().push_back(Waiting { id, round: Some(round), request, asked: false });
+                return self.work().await;
             }
             ClientMessage::Evaluate { id, request, .. } => {
-                let request = self.read(request)?;
-                self.evaluated.borrow_mut().push(request.clone());
-                let mut boundary = InProcess::new(&self.bench.halves.llm, self.agreement.mode);
-                vec![ServerMessage::Evaluated { id, reply: boundary.evaluate(request, &self.any).await? }]
+                self.waiting.borrow_mut().push_back(Waiting { id, round: None, request, asked: false });
+                return self.work().await;
             }
             ClientMessage::Features { pictures, .. } => {
                 let pictures = pictures.into_iter().map(|(key, features)| (key, Arc::new(features)));
                 self.pictures.borrow_mut().extend(pictures);
-                Vec::new()
+                return self.work().await;
             }
             ClientMessage::Update(update) => {
                 let round = update.round;
@@ -180,8 +177,68 @@ impl<'a> Stage<'a> {
                 Vec::new()
             }
             _ => Vec::new(),
-        }))
+        };
+        Ok((said, false))
     }
+
+    /// Answer requests in their order, up to one that lacks features, for which it asks.
+    async fn work(&self) -> anyhow::Result<(Vec<ServerMessage>, bool)> {
+        let mut said = Vec::new();
+        loop {
+            let missing = self.missing();
+            let Some(Waiting { id, round, request, .. }) = self.next_complete(missing, &mut said) else {
+                return Ok((said, false));
+            };
+            let Some(round) = round else {
+                let request = self.read(request)?;
+                self.evaluated.borrow_mut().push(request.clone());
+                let mut boundary = InProcess::new(&self.bench.halves.llm, self.agreement.mode);
+                said.push(ServerMessage::Evaluated { id, reply: boundary.evaluate(request, &self.any).await? });
+                continue;
+            };
+            let number = self.trained.borrow().len();
+            if self.leave_after.get().is_some_and(|limit| number >= limit) {
+                return Ok((said, true));
+            }
+            let (place, request) = (request.place, self.read(request)?);
+            self.trained.borrow_mut().push((round, request.clone()));
+            let reply = WireReply::pack(&self.train(request, place).await?, &self.agreement, id)?;
+            if self.hurry_at.get() == Some(number) {
+                said.push(self.next_round());
+            }
+            said.push(ServerMessage::Trained { id, reply });
+        }
+    }
+
+    /// Pictures that the oldest request needs and that are not here.
+    fn missing(&self) -> Vec<PictureKey> {
+        let (waiting, here) = (self.waiting.borrow(), self.pictures.borrow());
+        let needed = waiting.front().map(|oldest| oldest.request.pictures()).unwrap_or_default();
+        needed.into_iter().filter(|key| !here.contains_key(key)).collect()
+    }
+
+    /// The oldest request, if nothing is missing; else that is said, once.
+    fn next_complete(&self, missing: Vec<PictureKey>, said: &mut Vec<ServerMessage>) -> Option<Waiting> {
+        let mut waiting = self.waiting.borrow_mut();
+        if missing.is_empty() {
+            return waiting.pop_front();
+        }
+        if let Some(oldest) = waiting.front_mut().filter(|oldest| !oldest.asked) {
+            oldest.asked = true;
+            said.push(ServerMessage::Missing { id: oldest.id, pictures: missing });
+        }
+        None
+    }
+}
+
+/// A request that is not answered yet.
+struct Waiting {
+    id: u64,
+    /// Of a training request.
+    round: Option<u32>,
+    request: WireRequest,
+    /// For what it lacks.
+    asked: bool,
 }
 
 /// A connection to it.
@@ -202,10 +259,9 @@ impl<'s> Connector for &'s Stage<'s> {
 impl Transport for Line<'_> {
     async fn send(&mut self, frame: Vec<u8>) -> Result<(), TransportError> {
         let message = wire::decode::<ClientMessage>(&frame).map_err(|e| TransportError::Lost(e.to_string()))?;
-        match self.stage.answers(message).await.map_err(|e| TransportError::Lost(e.to_string()))? {
-            Some(answers) => self.frames.extend(answers.iter().map(wire::encode)),
-            None => self.left = true,
-        }
+        let (said, leaves) = self.stage.answers(message).await.map_err(|e| TransportError::Lost(format!("{e:#}")))?;
+        self.frames.extend(said.iter().map(wire::encode));
+        self.left |= leaves;
         Ok(())
     }
 
@@ -241,9 +297,9 @@ impl Observer for Steps {
 }
 
 /// Take part to the end; the outcome, and (round, step) of each step.
-pub(super) async fn take_part<S: Keeper>(
+pub(super) async fn take_part<'a, S: Keeper>(
     bench: &Bench,
-    stage: &Stage<'_>,
+    stage: &'a Stage<'a>,
     keeper: &mut S,
 ) -> anyhow::Result<(Outcome, Vec<(u32, usize)>)> {
     let mut introduction = fednano_tests::introduction("me", &bench.halves.edge, &bench.cache);
