@@ -281,13 +281,13 @@ fn alike(what: &str, short: &Ran, whole: &Ran, limit: f64) -> anyhow::Result<()>
 }
 
 /// The last steps' losses are lower than the first's.
-fn falls(what: &str, ran: &Ran) -> anyhow::Result<()> {
+fn falls(what: &str, ran: &Ran) -> anyhow::Result<f32> {
     ensure!(ran.losses.iter().all(|l| l.is_finite()), "{what}: {:?}", ran.losses);
     let mean = |losses: &[f32]| losses.iter().sum::<f32>() / losses.len() as f32;
     let (first, last) = (mean(&ran.losses[..5]), mean(&ran.losses[ran.losses.len() - 5..]));
     println!("{what}: loss {first:.3} -> {last:.3}");
     ensure!(last < first - 0.02, "{what}: loss {first} -> {last}");
-    Ok(())
+    Ok(last)
 }
 
 // ------------------------------------------------------------------------------------ features once

@@ -129,7 +129,7 @@ pub fn timeline() -> anyhow::Result<()> {
         ensure!((both > 0) == (overlap == Overlap::Parts), "{overlap}: {both} codes overlap with the LLM's work");
     }
     // The flag itself.
-    let serve = parse::<serve::Args>(&["serve", "--trace", "a.json"])?;
+    let serve = parse::<serve::Args>(&["serve", "--model", "m", "--trace", "a.json"])?;
     let simulate = parse::<simulate::Args>(&["simulate", "--trace", "b.json"])?;
     let found = (serve.trace.as_deref(), simulate.trace.as_deref());
     ensure!(found == (Some(Path::new("a.json")), Some(Path::new("b.json"))), "{found:?}");
