@@ -143,6 +143,7 @@ async function join() {
   page.joined = true;
   clearError();
   live.say('Connecting …');
+  live.begin();
   showButtons();
   const options = {
     url: socketUrl,

@@ -42,22 +42,27 @@ export class OwnCount {
     this.ended = 0;
   }
 
-  /** The newest count. One that is smaller is of a new participation (the person left and rejoined), and comes on top. */
+  /** A participation begins, perhaps another one (the person left and rejoins): it counts from 0, and comes on top. */
+  begin() {
+    this.earlier = this.total();
+    this.now = null;
+    this.ended = 0;
+  }
+
+  /** The newest count of this participation. */
   set(traffic) {
-    const all = (t) => sum(t, 'up') + sum(t, 'down');
-    if (this.now && all(traffic) < all(this.now)) this.earlier = this.total();
     this.now = traffic;
     this.ended = 0;
   }
 
   /** null: nothing was counted. */
   total() {
-    return this.now && plus(this.earlier, this.now);
+    return this.now ? plus(this.earlier, this.now) : this.earlier;
   }
 
   /** What is to be said of both counts; `over`: the participation has ended. */
   words(server, over, now = performance.now()) {
-    if (!this.now) return 'As counted by the server; this tab has counted nothing yet.';
+    if (!this.total()) return 'As counted by the server; this tab has counted nothing yet.';
     if (!over) return "Each byte is counted at both ends; the server's count is shown a moment later.";
     this.ended ||= now;
     if (same(this.total(), server)) return 'Both ends have counted the same, to the byte.';
@@ -68,7 +73,8 @@ export class OwnCount {
 
 /** The table; `own` or `server` may be null. */
 export function drawLedger(own, server, words) {
-  $('traffic-words').textContent = words;
+  // Said aloud by screen readers when it changes, and only then.
+  if ($('traffic-words').textContent !== words) $('traffic-words').textContent = words;
   $('traffic-table').hidden = false;
   const cell = (traffic, count) => {
     const found = make('td', traffic ? bytes(count) : '–');
@@ -77,7 +83,9 @@ export function drawLedger(own, server, words) {
   };
   const line = (name, count, className) => {
     const row = make('tr', '', className);
-    row.append(make('td', name), ...DIRECTIONS.flatMap((direction) => [own, server].map((traffic) => cell(traffic, count(traffic, direction)))));
+    const head = make('th', name);
+    head.scope = 'row';
+    row.append(head, ...DIRECTIONS.flatMap((direction) => [own, server].map((traffic) => cell(traffic, count(traffic, direction)))));
     return row;
   };
   const there = KINDS.filter(([kind]) => DIRECTIONS.some((direction) => of(own, direction, kind) + of(server, direction, kind) > 0));

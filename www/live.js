@@ -14,7 +14,7 @@ const PHASES = {
 };
 /** Phases in which a round is under way. */
 const ROUND = ['training', 'paused', 'evaluating'];
-/** Redraw at most so often, milliseconds; status messages come with every step of everyone. */
+/** Redraw at most so often, milliseconds; own steps may follow one another faster. */
 const PAUSE = 150;
 const MOST_POINTS = 4000;
 
@@ -146,6 +146,11 @@ export class Live {
     return lacking === null ? `${next} when enough people are here.${kept}` : `${next} with ${lacking} more participant${lacking === 1 ? '' : 's'}.${kept}`;
   }
 
+  /** The person takes part, or takes part again. */
+  begin() {
+    this.own.begin();
+  }
+
   /** The server's count beside this tab's own. */
   drawTraffic(server) {
     if (!server) return;
@@ -225,6 +230,7 @@ export class Live {
         return null;
       case 'traffic':
         this.own.set(event.traffic);
+        window.fednano.rounds = event.rounds; // for tests
         this.later();
         return null;
       case 'lost':

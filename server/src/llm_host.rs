@@ -28,12 +28,15 @@ const STEP: &str = "fednano::step";
 const QUEUE: usize = 64;
 /// Rows that are merged into one batch at most.
 const MERGED_ROWS: usize = 32;
+/// Positions of all rows that go through the layers at once: twelve samples of LLaVA-1.5. The backward pass of a 7B model keeps
+/// megabytes of each, and requests in short may be far longer than a frame of activations.
+const POSITIONS: usize = 1 << 13;
 /// Texts under way whose keys and values are kept.
 const TEXTS: usize = 32;
 /// Bytes of keys and values of all texts under way: eight of 1,024 positions of a 7B model in f16.
 const TEXTS_BYTES: usize = 4 << 30;
 
-/// How much is computed at once. Scores and logits are far larger than what came over the wire.
+/// How much is computed at once, beside the number of positions. Scores and logits are far larger than what came over the wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bounds {
     /// Rows times squared positions of the longest: the scores of one head.
@@ -50,8 +53,10 @@ impl Default for Bounds {
 }
 
 impl Bounds {
-    fn hold(self, rows: usize, positions: usize, targets: usize, vocab: usize) -> bool {
-        rows.saturating_mul(positions).saturating_mul(positions) <= self.attention
+    /// `longest`: positions of the longest row; `positions`: of all rows.
+    fn hold(self, rows: usize, longest: usize, positions: usize, targets: usize, vocab: usize) -> bool {
+        rows.saturating_mul(longest).saturating_mul(longest) <= self.attention
+            && positions <= POSITIONS
             && targets.saturating_mul(vocab) <= self.logits
     }
 }
@@ -248,8 +253,8 @@ struct Room {
 }
 
 impl Room {
-    fn holds(self, rows: usize, positions: usize, targets: usize) -> bool {
-        self.bounds.hold(rows, positions, targets, self.vocab)
+    fn holds(self, rows: usize, longest: usize, positions: usize, targets: usize) -> bool {
+        self.bounds.hold(rows, longest, positions, targets, self.vocab)
     }
 }
 
@@ -258,7 +263,7 @@ impl Room {
 fn take_alike(group: &mut Vec<TrainJob>, waiting: &mut VecDeque<Queued>, room: Room) {
     let Some((first, _)) = group.first() else { return };
     let (mut rows, mut targets) = (first.positions.rows(), first.targets.len());
-    let mut longest = first.positions.longest();
+    let (mut longest, mut positions) = (first.positions.longest(), first.positions.total());
     let (low, high) = (longest.saturating_mul(4) / 5, longest.saturating_mul(5) / 4);
     let mut rest = VecDeque::new();
     while let Some(queued) = waiting.pop_front() {
@@ -269,6 +274,7 @@ fn take_alike(group: &mut Vec<TrainJob>, waiting: &mut VecDeque<Queued>, room: R
                     && room.holds(
                         rows + r.positions.rows(),
                         longest.max(r.positions.longest()),
+                        positions.saturating_add(r.positions.total()),
                         targets + r.targets.len(),
                     )
                     && !reply.is_closed() =>
@@ -276,6 +282,7 @@ fn take_alike(group: &mut Vec<TrainJob>, waiting: &mut VecDeque<Queued>, room: R
                 rows += r.positions.rows();
                 targets += r.targets.len();
                 longest = longest.max(r.positions.longest());
+                positions = positions.saturating_add(r.positions.total());
                 group.push((r, reply));
             }
             other => rest.push_back(other),

@@ -4,8 +4,8 @@ use crate::boundary::{BoundaryReply, BoundaryRequest, EvaluationReply, Place};
 use crate::client::{ClientError, ClientEvent, Interruption, LEFT, Link, Observer, Remote, Transport, name};
 use crate::edge::Batch;
 use crate::generate::{GenerateRequest, NextToken, TokenSource};
-use crate::settings::Overlap;
-use crate::step::{BoundaryError, LlmBoundary, WINDOW};
+use crate::settings::Format;
+use crate::step::{BoundaryError, LlmBoundary};
 use crate::wire::agreement::{Agreement, BoundaryMode};
 use crate::wire::{ClientMessage, Hello, ServerMessage};
 
@@ -45,7 +45,7 @@ impl<T: Transport> Asking<T> {
         }
     }
 
-    /// What is spoken: batches must be made of features in its format.
+    /// What is spoken.
     pub fn agreement(&self) -> &Agreement {
         &self.link.agreement
     }
@@ -58,6 +58,10 @@ impl<T: Transport> Asking<T> {
 impl<T: Transport> LlmBoundary for Asking<T> {
     fn mode(&self) -> BoundaryMode {
         self.link.agreement.mode
+    }
+
+    fn features(&self) -> Format {
+        self.link.agreement.features
     }
 
     async fn send(&mut self, request: BoundaryRequest, batch: &Batch, place: Place) -> Result<(), BoundaryError> {
@@ -73,7 +77,7 @@ impl<T: Transport> LlmBoundary for Asking<T> {
     }
 
     fn window(&self) -> usize {
-        if self.link.agreement.overlap == Overlap::Off { 1 } else { WINDOW }
+        self.link.window()
     }
 }
 

@@ -42,8 +42,8 @@ pub enum EdgeError {
     /// The device.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// Features that are not finite, or damaged.
-    #[error("the features of a picture cannot be used: {0}")]
+    /// Features that are not finite, or damaged, or too many for the memory.
+    #[error("features cannot be used: {0}")]
     Numbers(#[from] NumbersError),
     /// Image tokens without their features.
     #[error("a picture has {found} feature values, the model takes {expected}; encode it with this very model")]
@@ -157,6 +157,15 @@ pub struct BatchRow {
     pub picture: Option<Arc<PictureFeatures>>,
 }
 
+/// Zeros in one piece, or an error: a batch may have more values than a tab has memory.
+fn zeros(count: usize) -> Result<Vec<f32>, NumbersError> {
+    let mut values = Vec::new();
+    let room = values.try_reserve_exact(count);
+    room.map_err(|_| NumbersError::Memory { name: FEATURES.to_owned(), count })?;
+    values.resize(count, 0.0);
+    Ok(values)
+}
+
 /// Pictures encoded in one pass of the vision tower.
 const PICTURES_AT_ONCE: usize = 8;
 
@@ -245,7 +254,7 @@ impl NanoEdge {
     /// Assemble `x` for some samples of a cache.
     ///
     /// # Errors
-    /// Features of another model, or damaged ones.
+    /// Features of another model, or damaged ones; more of them than there is memory for.
     pub fn batch(&self, cache: &FeatureCache, rows: &[usize]) -> Result<Batch, EdgeError> {
         let width = self.config.text.hidden;
         let of = |sample: &CachedSample| sample.picture.map(|picture| cache.pictures[picture].clone());
@@ -287,12 +296,15 @@ impl NanoEdge {
         mut features: impl FnMut(usize, &mut [f32]) -> Result<(), EdgeError>,
     ) -> Result<Batch, EdgeError> {
         let (d, p) = (self.config.text.hidden, self.config.image_tokens());
-        let (mut values, mut positions, mut targets) = (Vec::new(), Positions::default(), Vec::new());
-        let mut all = Vec::new();
-        for (row, encoded) in rows.enumerate() {
-            let (first, length) = (values.len(), encoded.ids.len());
-            values.resize(first + length * d, 0.0);
-            let x = &mut values[first..]; // [length, D]
+        let rows: Vec<&Encoded> = rows.collect();
+        let total: usize = rows.iter().map(|encoded| encoded.ids.len()).sum();
+        let mut values = zeros(total.saturating_mul(d))?;
+        let mut left = values.as_mut_slice();
+        let (mut positions, mut targets, mut all) = (Positions::default(), Vec::new(), Vec::new());
+        for (row, encoded) in rows.into_iter().enumerate() {
+            let length = encoded.ids.len();
+            let (x, rest) = std::mem::take(&mut left).split_at_mut(length * d); // [length, D]
+            left = rest;
             // A run of image tokens that is cut off is none of this model's.
             let start = encoded.image_start.unwrap_or(length);
             let image = start..start.saturating_add(p).min(length);
@@ -315,7 +327,7 @@ impl NanoEdge {
             positions.images.push(if image.is_empty() { 0..0 } else { image.start as u32..image.end as u32 });
             all.push(BatchRow { ids: encoded.ids.clone(), picture: None });
         }
-        let x = TensorBlob { shape: vec![values.len() / d.max(1), d], data: values };
+        let x = TensorBlob { shape: vec![total, d], data: values };
         Ok(Batch { x: Arc::new(x), positions, targets, rows: all })
     }
 

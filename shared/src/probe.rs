@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 /// Everything that the step computes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ProbeResult {
-    /// `[pictures, P * D]`
+    /// `[pictures, P * D]`, in the boundary's format.
     pub features: TensorBlob,
     /// `h`: `[T, D]`
     pub hidden: TensorBlob,
@@ -83,8 +83,9 @@ pub async fn run<B: LlmBoundary>(
     boundary: &mut B,
     device: &Device,
 ) -> Result<ProbeResult, ProbeError> {
-    let cache = edge.encode(&samples(), |_, _| {}).await?;
     let width = edge.config.text.hidden;
+    let exact = edge.encode(&samples(), |_, _| {}).await?;
+    let cache = exact.in_format(boundary.features(), width).map_err(EdgeError::from)?;
     let state = adapters(8, width);
     let adapters = NanoAdapters::from_state(&state, device);
     let rows: Vec<usize> = (0..cache.samples.len()).collect();

@@ -196,6 +196,7 @@ pub struct WireRequest {
     /// What the LLM reads.
     pub input: WireInput,
     /// Positions of each row.
+    #[serde(deserialize_with = "few")]
     pub lengths: Vec<u32>,
     /// Answer tokens of all rows, sorted by row and position.
     pub targets: Vec<Target>,

@@ -9,13 +9,13 @@ use fednano_server::edge_download::{Downloaded, download_edge};
 use fednano_server::native::{Invite, SocketConnector};
 use fednano_server::wire_bench::link::{Proxy, Shape, proxy};
 use fednano_shared::ask::Asking;
-use fednano_shared::client::{ClientEvent, Connector, Observer, Outcome};
+use fednano_shared::client::{ClientEvent, Connector, Observer, Outcome, Transport};
 use fednano_shared::data::scene::DemoTheme;
 use fednano_shared::edge::{FeatureCache, NanoEdge};
 use fednano_shared::ledger::{AFTER, Kind, Traffic};
 use fednano_shared::probe::{self, shard};
 use fednano_shared::settings::{BoundaryChoice, FederationSettings, Format};
-use fednano_shared::wire::{Hello, Purpose};
+use fednano_shared::wire::{self, ClientMessage, Hello, Purpose};
 use fednano_tests::tap::{Frames, Tap};
 use fednano_tests::{LIMIT, MODES, Server, block, encode, fixture, get, hello, introduction, offer, take_part_over};
 use std::collections::{BTreeMap, BTreeSet};
@@ -326,6 +326,71 @@ pub fn askers_and_restless() -> anyhow::Result<()> {
     })
 }
 
+/// Leaves in the middle of a round.
+struct Leaver {
+    own: Own,
+    leave: CancellationToken,
+}
+
+impl Observer for Leaver {
+    fn event(&mut self, event: ClientEvent<'_>) {
+        if let ClientEvent::Step { step: 3, .. } = event {
+            self.leave.cancel();
+        }
+        self.own.event(event);
+    }
+}
+
+/// Whoever leaves while requests are under way is counted to the last byte at both ends, too.
+pub fn leavers() -> anyhow::Result<()> {
+    block(LIMIT, async {
+        for (boundary, _) in MODES {
+            let folder = tempfile::tempdir()?;
+            let settings =
+                FederationSettings { boundary, rank: 4, local_steps: 50, batch_size: 4, ..Default::default() };
+            let server = Server::start_model(&fixture(), settings, folder.path()).await?;
+            let federation = server.app.federation("test").context("no federation")?;
+            let edge = server.app.held_out.edge.clone();
+            let cache = encode(&edge, &mixed()).await?;
+            let mut leaver = Leaver { own: Own::default(), leave: CancellationToken::new() };
+            let mut tap = Tap::new(SocketConnector::new(&server.socket, leaver.leave.clone()));
+            let hello = introduction("leaver", &edge, &cache);
+            let outcome = take_part_over(&edge, &cache, hello, &mut tap, &mut leaver).await?;
+            ensure!(matches!(outcome, Outcome::Left), "{boundary}: it did not leave");
+            let own = leaver.own.0;
+            let sum = Traffic::sum(own.values());
+            ensure!(sum.up.total() == bytes_of(&tap.frames.raw_up()), "{boundary}: {sum:?}");
+            ensure!(sum.down.total() == bytes_of(&tap.frames.raw_down()), "{boundary}: {sum:?}");
+            let of =
+                async || anyhow::Ok(ledger(&federation).await?.participants.first().context("nobody")?.rounds.clone());
+            until(async || anyhow::Ok(of().await? == own)).await?;
+            let found = of().await?;
+            ensure!(found == own, "{boundary}: the client counts {own:?}, the server {found:?}");
+            server.stop().await?;
+        }
+        Ok(())
+    })
+}
+
+/// Where nothing happens nothing is said: a status is traffic too, and must not bring forth the next one.
+pub fn quiet() -> anyhow::Result<()> {
+    block(LIMIT, async {
+        let folder = tempfile::tempdir()?;
+        let settings = FederationSettings { min_participants: 2, ..Default::default() };
+        let server = Server::start_model(&fixture(), settings, folder.path()).await?;
+        let mut socket = SocketConnector::new(&server.socket, CancellationToken::new()).connect().await?;
+        socket.send(wire::encode(&ClientMessage::Hello(hello("one", 3, Purpose::Train)))).await?;
+        let (end, mut said) = (tokio::time::Instant::now() + Duration::from_secs(5), 0);
+        while let Ok(frame) = tokio::time::timeout_at(end, socket.receive()).await {
+            frame?;
+            said += 1;
+        }
+        // The welcome, that somebody is here, that the untouched model has been tested.
+        ensure!((1..=4).contains(&said), "{said} messages in five seconds in which nothing happens");
+        server.stop().await
+    })
+}
+
 /// A tab's own count, its download included, is the server's; the page shows both and says so.
 pub fn tab() -> anyhow::Result<()> {
     block(browser::LIMIT, async {
@@ -351,8 +416,9 @@ pub fn tab() -> anyhow::Result<()> {
             let short = boundary == BoundaryChoice::LowRank;
             ensure!((own.up.codes > 0) == short && (own.up.activations > 0) != short, "{own:?}");
             // By round as well.
-            let event = "return window.fednano.events.filter((e) => e.type === 'traffic').at(-1).rounds";
-            let rounds: BTreeMap<u32, Traffic> = serde_json::from_value(browser.script(event).await?)?;
+            let told = "return JSON.stringify(window.fednano.rounds)";
+            let told = browser.script(told).await?;
+            let rounds: BTreeMap<u32, Traffic> = serde_json::from_str(told.as_str().context("no rounds were told")?)?;
             ensure!(rounds == me.rounds, "by round the tab has {rounds:?}, the server {:?}", me.rounds);
             let table = browser.script("return document.getElementById('traffic-table').innerText").await?;
             let table = table.as_str().unwrap_or_default().to_lowercase();

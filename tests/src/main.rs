@@ -115,6 +115,8 @@ const INDEX: &[(&str, &[Needs], Test)] = &[
     // Every byte, counted at both ends.
     ("ledger::both_ends_and_the_line_agree", &[Nothing], ledger::both_ends_and_the_line_agree),
     ("ledger::askers_and_the_restless_are_counted", &[Nothing], ledger::askers_and_restless),
+    ("ledger::who_leaves_is_counted_to_the_end", &[Nothing], ledger::leavers),
+    ("ledger::where_nothing_happens_nothing_is_said", &[Nothing], ledger::quiet),
     ("browser::a_tab_counts_as_the_server_does", &[NanoLlava, Chromium], ledger::tab),
     // The same step elsewhere.
     ("devices::native_wgpu_equals_flex", &[NanoLlava, Vulkan], devices::wgpu_equals_flex),

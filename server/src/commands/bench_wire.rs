@@ -12,8 +12,8 @@ use std::path::PathBuf;
 /// Measure the boundary between participant and LLM: bytes at LLaVA-1.5-7B's shape, accuracy and bytes on easy-VQA, seconds a step
 /// over slow lines; write wire.md.
 ///
-/// Each finished run is kept at once, and not made again: the command can be stopped at any time and goes on where it was. Hours on
-/// two cores; `--quick` makes every part of it as small as can be.
+/// Each finished run is kept at once, and not made again: the command can be stopped at any time and goes on where it was. An hour or
+/// so on two cores; `--quick` makes every part of it as small as can be.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Every part as small as can be, on generated scenes, one seed: a test of the benchmark.
@@ -34,7 +34,7 @@ pub struct Args {
     /// Seeds of each accuracy run; without it 1,2,3, or 1 for --quick.
     #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
     seeds: Vec<u64>,
-    /// Samples of the participant at the large shape; some variants run with twice as many, too. Without it 64, or 8 for --quick.
+    /// Samples of the participant at the large shape; some variants run with twice as many, too. Without it 32, or 8 for --quick.
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1000))]
     samples: Option<u64>,
     /// Where to compute.
@@ -60,7 +60,7 @@ fn bench(args: &Args) -> anyhow::Result<Bench> {
     let (size, out, seeds, samples) = if args.quick {
         (Size::Quick, "target/bench-wire-quick", &[1][..], 8)
     } else {
-        (Size::Full, "docs", &[1, 2, 3][..], 64)
+        (Size::Full, "docs", &[1, 2, 3][..], 32)
     };
     let accuracy = args.only.is_empty() || args.only.contains(&Part::Accuracy);
     let data = match (&args.data, size) {
@@ -105,7 +105,7 @@ mod tests {
         assert_eq!((quick.data, quick.seeds, quick.samples), (None, vec![1], 8));
         assert_eq!((quick.parts, quick.out), (vec![Part::Shapes, Part::Links], "target/bench-wire-quick".into()));
         let full = read(&["--only", "shapes", "--seeds", "4,5"]);
-        assert_eq!((full.seeds, full.samples, full.out), (vec![4, 5], 64, "docs".into()));
+        assert_eq!((full.seeds, full.samples, full.out), (vec![4, 5], 32, "docs".into()));
         assert!(full.data.is_some());
     }
 }

@@ -3,7 +3,7 @@
 
 use super::{Coordinator, Participant};
 use crate::store::Metrics;
-use fednano_shared::ledger::{AFTER, Kind, Traffic};
+use fednano_shared::ledger::{AFTER, Bytes, Kind, Traffic};
 use fednano_shared::wire::ParticipantId;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -95,6 +95,12 @@ impl Account {
     }
 }
 
+/// Is there nothing but control in these?
+pub(super) fn only_control(rounds: &BTreeMap<u32, Traffic>) -> bool {
+    let others = |bytes: &Bytes| bytes.total() > bytes.get(Kind::Control);
+    !rounds.values().any(|traffic| others(&traffic.up) || others(&traffic.down))
+}
+
 impl Coordinator {
     /// Add what a session has counted.
     pub(super) fn count(&mut self, of: Option<ParticipantId>, more: &BTreeMap<u32, Traffic>) {
@@ -170,6 +176,18 @@ mod tests {
         account.add(&[(3, codes(1, 0)), (4000, codes(1, 0)), (AFTER, codes(1, 1))].into(), 2);
         assert_eq!(account.unsaved(), [(AFTER, codes(3, 1))].into());
         assert_eq!(account.total(), codes(21, 24));
+    }
+
+    #[test]
+    fn control_alone_is_told_apart() {
+        let control = |bytes: u64| {
+            let mut traffic = Traffic::default();
+            (traffic.up.control, traffic.down.control) = (bytes, bytes);
+            traffic
+        };
+        assert!(only_control(&BTreeMap::new()) && only_control(&[(0, control(7)), (3, control(0))].into()));
+        assert!(!only_control(&[(0, control(7)), (3, codes(0, 1))].into()));
+        assert!(!only_control(&[(1, codes(1, 0))].into()));
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! Who takes part: joining, coming back, and what participants are told and shown.
 
-use super::{Account, Coordinator, Joined, OUTBOX};
+use super::{Account, Coordinator, Joined, LINES, OUTBOX, TELL, TELL_AT_LAST};
 use crate::store::{Metrics, SavedParticipant};
 use fednano_shared::wire::{
     Fault, FaultCode, Hello, LocalEvaluation, ParticipantId, ParticipantStatus, ServerMessage, SessionToken, Status,
 };
+use std::time::Instant;
 use tokio::sync::mpsc;
 
 /// Participants known to a federation, whether they are here or not: so many, or twice those that it needs to start. Each is in
@@ -142,14 +143,26 @@ impl Coordinator {
         }
     }
 
+    /// Show the status in this process, and tell participants, if it is time.
     pub(super) fn show(&mut self) {
         self.changed = false;
         let status = self.status();
-        let here = self.participants.iter().filter(|(_, p)| p.outbox.is_some());
-        for id in here.map(|(id, _)| *id).collect::<Vec<_>>() {
-            self.tell(id, ServerMessage::Status(status.clone()));
+        let place = Some((status.phase, status.round));
+        if self.told != place || self.is_due() {
+            (self.news, self.told, self.told_at) = (false, place, Instant::now());
+            let here = self.participants.iter().filter(|(_, p)| p.outbox.is_some());
+            for id in here.map(|(id, _)| *id).collect::<Vec<_>>() {
+                self.tell(id, ServerMessage::Status(status.clone()));
+            }
         }
         self.shown.send_replace(status);
+    }
+
+    /// There is something to tell participants, and they have not been told anything for long enough.
+    pub(super) fn is_due(&self) -> bool {
+        let times = 1 + (self.participants.len() + self.history.len()) / LINES;
+        let pause = TELL.saturating_mul(u32::try_from(times).unwrap_or(u32::MAX)).min(TELL_AT_LAST);
+        self.news && self.told_at.elapsed() >= pause
     }
 }
 

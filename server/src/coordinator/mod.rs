@@ -41,6 +41,13 @@ const COMMANDS: usize = 256;
 const OUTBOX: usize = 32;
 /// The machine is given time this often, and changes are shown at most this often.
 const TICK: Duration = Duration::from_millis(200);
+/// Participants are told of changes at most this often; of another phase or round with the next tick. A status has figures of
+/// everybody: told at each tick, it would outweigh what a small model's training sends.
+const TELL: Duration = Duration::from_secs(1);
+/// A status of so many participants and past rounds, a hundred bytes or so each, is told as often as that; a longer one more rarely.
+const LINES: usize = 40;
+/// However long it is, news are told after so long.
+const TELL_AT_LAST: Duration = Duration::from_secs(15);
 /// What a participant sends after `Finished` belongs to this round: its personal adapters, which nobody merges.
 pub const AFTER_ROUNDS: u32 = AFTER;
 
@@ -218,7 +225,10 @@ struct Coordinator {
     shown: watch::Sender<Status>,
     shown_adapter: watch::Sender<AdapterState>,
     failure: watch::Sender<Option<Fault>>,
-    changed: bool,
+    changed: bool,              // since it was shown
+    news: bool,                 // there is something that participants have not been told
+    told: Option<(Phase, u32)>, // phase and round, as participants were told last
+    told_at: Instant,
 }
 
 impl Coordinator {
@@ -254,7 +264,7 @@ impl Coordinator {
         }
         let done = self.event(Event::Tick);
         self.check(done);
-        if self.changed {
+        if self.changed || self.is_due() {
             self.show();
         }
     }
@@ -275,6 +285,8 @@ impl Coordinator {
 
     fn handle(&mut self, command: Command) {
         self.changed = true;
+        // A status makes traffic itself: that alone is no reason for the next one.
+        self.news |= !matches!(&command, Command::Traffic(_, rounds) if ledger::only_control(rounds));
         match (command, self.failed()) {
             (Command::Join(_, reply), Some(fault)) => drop(reply.send(Err(fault))),
             (_, Some(_)) => {}
@@ -404,7 +416,7 @@ impl Coordinator {
 
     fn carry_out(&mut self, actions: Vec<Action>) -> anyhow::Result<()> {
         for action in actions {
-            self.changed = true;
+            (self.changed, self.news) = (true, true);
             self.act(action)?;
         }
         Ok(())

@@ -93,6 +93,9 @@ pub fn start(founding: Founding, llm: LlmHandle, held_out: Arc<HeldOut>, store: 
         name,
         settings,
         changed: true,
+        news: false,
+        told: None,
+        told_at: Instant::now(),
     };
     coordinator.show();
     let handle = Federation {

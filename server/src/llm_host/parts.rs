@@ -12,21 +12,23 @@ use std::sync::Arc;
 
 /// The rows of a sound request as few ranges, each small enough to be computed at once.
 pub(super) fn parts(request: &BoundaryRequest, vocab: usize, bounds: Bounds) -> Result<Vec<Range<usize>>, Fault> {
-    let (mut parts, mut first, mut held, mut longest) = (Vec::new(), 0, 0, 0);
+    let (mut parts, mut first, mut held, mut longest, mut total) = (Vec::new(), 0, 0, 0, 0usize);
     for (row, (length, targets)) in request.positions.lengths.iter().zip(request.target_counts()).enumerate() {
         let (length, targets) = (*length as usize, targets as usize);
-        if !bounds.hold(1, length, targets, vocab) {
+        if !bounds.hold(1, length, length, targets, vocab) {
             return Err(Fault {
                 code: FaultCode::Invalid,
                 cause: format!("row {row} of {length} positions and {targets} targets is too large for this server"),
                 remedy: "shorten the question or the answer".into(),
             });
         }
-        if row > first && !bounds.hold(row + 1 - first, length.max(longest), held + targets, vocab) {
+        let fits = bounds.hold(row + 1 - first, length.max(longest), total + length, held + targets, vocab);
+        if row > first && !fits {
             parts.push(first..row);
-            (first, held, longest) = (row, 0, 0);
+            (first, held, longest, total) = (row, 0, 0, 0);
         }
         held += targets;
+        total += length;
         longest = length.max(longest);
     }
     parts.push(first..request.positions.rows());
@@ -177,6 +179,8 @@ mod tests {
         let few = Bounds { attention: 17, ..Bounds::default() };
         assert_eq!(parts(&codes(), 10, few).unwrap(), [0..1, 1..2, 2..3]);
         assert_eq!(parts(&codes(), 10, Bounds { attention: 18, ..few }).unwrap(), [0..2, 2..3]);
+        // Short rows have few scores, and yet many positions.
+        assert_eq!(ranges(&[0; 6000], Bounds::default()), [0..2730, 2730..5460, 5460..6000]);
     }
 
     #[test]
@@ -193,7 +197,7 @@ mod tests {
         assert!(matches!(&part.input, Input::Hidden(h) if h.shape == [6, 2] && h.data[0] == 6.0), "{part:?}");
         assert_eq!(part.target_counts(), [2, 3]);
         // Shapes that nobody has checked yet, as the merging of requests sees them.
-        assert!(!Bounds::default().hold(usize::MAX, usize::MAX, usize::MAX, usize::MAX));
+        assert!(!Bounds::default().hold(usize::MAX, usize::MAX, usize::MAX, usize::MAX, usize::MAX));
     }
 
     #[test]

@@ -329,6 +329,7 @@ impl Session {
                     return End::Lost;
                 }
             }
+            self.go_on(shared); // what stood behind a request that was given up
         }
     }
 

@@ -10,7 +10,7 @@ use fednano_shared::boundary::{BoundaryReply, BoundaryRequest, EvaluationReply, 
 use fednano_shared::generate::{GenerateRequest, NextToken, Sampling};
 use fednano_shared::plain::TensorBlob;
 use fednano_shared::wire::agreement::{Agreement, BoundaryMode, TableForm};
-use fednano_shared::wire::convert::{Shapes, Sources, check_features, unpack_hidden};
+use fednano_shared::wire::convert::{Shapes, Sources, check_features, measure_hidden, unpack_hidden};
 use fednano_shared::wire::numbers::{Packed, PictureKey};
 use fednano_shared::wire::{Fault, FaultCode, ServerMessage, WireInput, WireReply, WireRequest};
 use std::collections::{BTreeMap, BTreeSet};
@@ -40,6 +40,12 @@ impl Room {
     /// No bound. In lockstep requests wait for one another: whoever had no room would be waited for by those that have it.
     pub const fn unlimited() -> Self {
         Self(None)
+    }
+
+    /// In lockstep, a connection's requests reach the LLM in the order in which they came, whichever of them lacks pictures: what is
+    /// still held of these depends on other connections.
+    const fn in_order(&self) -> bool {
+        self.0.is_none()
     }
 
     /// Wait for room; a request larger than all of it gets all. It is given back when the result is dropped.
@@ -153,8 +159,12 @@ impl Means {
         sampling: Sampling,
         llm: LlmHandle,
     ) -> Computed {
-        let (dim, count) = (self.shape.dim, usize::try_from(positions).unwrap_or(usize::MAX));
-        let bytes = count.saturating_mul(dim).saturating_mul(size_of::<f32>());
+        let dim = self.shape.dim;
+        // Whoever only claims to send much must not take all room.
+        let bytes = match measure_hidden(positions, dim) {
+            Ok(values) => values.saturating_mul(size_of::<f32>()),
+            Err(fault) => return Computed::Generated(id, Err(fault)),
+        };
         let _room = self.room.take(bytes).await;
         let next = match heavy(bytes, || unpack_hidden(&hidden, positions, &self.agreement, dim)) {
             Ok(hidden) => llm.generate(text, GenerateRequest { past, hidden, sampling }).await,
@@ -171,7 +181,10 @@ impl Session {
             Ok(asked) => {
                 let (mut pictures, mut missing) = (BTreeMap::new(), BTreeSet::new());
                 for key in request.pictures() {
-                    match shared.features.get(&self.owner, key) {
+                    // What was kept of an earlier connection may be in another form.
+                    let fits =
+                        |packed: &Arc<Packed>| check_features(packed, &self.means.agreement, self.means.shape).is_ok();
+                    match shared.features.get(&self.owner, key).filter(fits) {
                         Some(packed) => {
                             pictures.insert(key, packed);
                         }
@@ -180,14 +193,12 @@ impl Session {
                         }
                     }
                 }
-                let lacks = missing.iter().copied().collect::<Vec<_>>();
-                let arrived = Arrived { id, round, asked, request, up: self.up.clone(), pictures, missing };
-                if lacks.is_empty() {
-                    self.launch(arrived, shared);
-                } else {
-                    self.outgoing.push_back(ServerMessage::Missing { id, pictures: lacks });
-                    self.waiting.push(arrived);
+                if !missing.is_empty() {
+                    let pictures = missing.iter().copied().collect();
+                    self.outgoing.push_back(ServerMessage::Missing { id, pictures });
                 }
+                self.waiting.push(Arrived { id, round, asked, request, up: self.up.clone(), pictures, missing });
+                self.go_on(shared);
             }
             Err(fault) => {
                 if trains {
@@ -248,11 +259,14 @@ impl Session {
             self.waiting.iter_mut().for_each(|arrived| arrived.fill(key, &packed));
             shared.features.insert(&self.owner, key, packed);
         }
-        let all = std::mem::take(&mut self.waiting);
-        let (complete, waiting): (Vec<_>, Vec<_>) = all.into_iter().partition(|arrived| arrived.missing.is_empty());
-        self.waiting = waiting;
-        complete.into_iter().for_each(|arrived| self.launch(arrived, shared));
+        self.go_on(shared);
         Ok(())
+    }
+
+    /// Compute what waits for nothing any more.
+    pub(super) fn go_on(&mut self, shared: &Shared) {
+        let ready = complete(&mut self.waiting, self.means.room.in_order());
+        ready.into_iter().for_each(|arrived| self.launch(arrived, shared));
     }
 
     /// A request is computed, or has failed.
@@ -349,6 +363,18 @@ impl Session {
     }
 }
 
+/// Take out those that lack nothing; with `in_order` only up to the first that lacks something.
+fn complete(waiting: &mut Vec<Arrived>, in_order: bool) -> Vec<Arrived> {
+    let mut held_up = false;
+    let (ready, lacking) = std::mem::take(waiting).into_iter().partition(|arrived| {
+        let lacks = !arrived.missing.is_empty();
+        held_up |= in_order && lacks;
+        !lacks && !held_up
+    });
+    *waiting = lacking;
+    ready
+}
+
 /// About the bytes of a reply's own tensors, unpacked; the sums of its group are smaller.
 fn size(reply: &BoundaryReply) -> usize {
     let values = match &reply.gradient {
@@ -361,6 +387,9 @@ fn size(reply: &BoundaryReply) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::session::features::{FeatureStore, Owner};
+    use fednano_shared::boundary::{Place, Want};
+    use fednano_shared::settings::Format;
     use std::time::Duration;
     use tokio::time::timeout;
 
@@ -383,20 +412,38 @@ mod tests {
         });
     }
 
-    #[test]
-    fn a_request_holds_what_comes_for_it() {
-        use crate::session::features::{FeatureStore, Owner};
-        use fednano_shared::boundary::{Place, Want};
-        use fednano_shared::settings::Format;
-        let packed = |fill: u8| Arc::new(Packed { format: Format::F32, deflated: false, bytes: vec![fill; 1000] });
+    fn packed(fill: u8) -> Arc<Packed> {
+        Arc::new(Packed { format: Format::F32, deflated: false, bytes: vec![fill; 1000] })
+    }
+
+    /// A request that lacks these pictures.
+    fn lacking(id: u64, keys: &[PictureKey]) -> Arrived {
         let input = WireInput::Hidden((*packed(0)).clone());
         let request =
             WireRequest { input, lengths: Vec::new(), targets: Vec::new(), want: Want::Gradient, place: Place::ALONE };
+        let (asked, pictures) = (Asked::Judgement, BTreeMap::new());
+        let missing = keys.iter().copied().collect();
+        Arrived { id, round: 1, asked, request, up: None, pictures, missing }
+    }
+
+    #[test]
+    fn in_lockstep_nobody_goes_ahead() {
+        let ids = |all: &[Arrived]| all.iter().map(|arrived| arrived.id).collect::<Vec<u64>>();
+        for (in_order, ready, left) in [(false, vec![1, 3], vec![2]), (true, vec![1], vec![2, 3])] {
+            let mut waiting = vec![lacking(1, &[]), lacking(2, &[PictureKey(7)]), lacking(3, &[])];
+            assert_eq!(ids(&complete(&mut waiting, in_order)), ready);
+            assert_eq!(ids(&waiting), left);
+            waiting.iter_mut().for_each(|arrived| arrived.fill(PictureKey(7), &packed(1)));
+            assert_eq!(ids(&complete(&mut waiting, in_order)), left);
+            assert!(waiting.is_empty());
+        }
+    }
+
+    #[test]
+    fn a_request_holds_what_comes_for_it() {
         let (store, owner) = (FeatureStore::new(1000), Owner::Connection(1));
         let keys = [1, 2, 3].map(PictureKey);
-        let missing = BTreeSet::from([keys[0], keys[1]]);
-        let (asked, pictures) = (Asked::Judgement, BTreeMap::new());
-        let mut arrived = Arrived { id: 1, round: 1, asked, request, up: None, pictures, missing };
+        let mut arrived = lacking(1, &keys[..2]);
         for (fill, key) in (1..).zip(keys) {
             let packed = packed(fill);
             arrived.fill(key, &packed);

@@ -1,5 +1,7 @@
 //! The page: everything that is kept, in Markdown. What differs from run to run (times) has a section of its own at the end.
 
+mod goals;
+
 use super::accuracy::{self, Outcome, PLAIN, REFERENCE, STRATEGIES};
 use super::kept::Kept;
 use super::scaling::{self, Load, Others};
@@ -34,6 +36,7 @@ pub(super) fn page(bench: &Bench, kept: &Kept) -> anyhow::Result<String> {
          variants' names `mixed` is int8 for features, codes and gradients and f16 for matrices; rounding is to the nearest and a step \
          waits for its answer, unless the name says otherwise.",
     );
+    goals::say(bench, kept, &mut page)?;
     large_shape(bench, kept, &mut page)?;
     task(bench, kept, &mut page)?;
     packing(bench, kept, &mut page)?;
@@ -58,7 +61,7 @@ fn large_shape(bench: &Bench, kept: &Kept, page: &mut Page) -> anyhow::Result<()
          Measured on the real protocol (sessions, coordinator, store, participants) with random weights: the LLM has one thin decoder layer, since \
          bytes do not depend on depth, and features are random numbers, each sample with a picture of its own. So nothing is deflated \
          here: random numbers would say nothing about that. Answers use ids below {}, which take 2 bytes each, where a larger vocabulary \
-         needs a third for some. A second participant with one batch sees to it that merging changes the adapters.",
+         needs a third for some. A second participant with one sample sees to it that merging changes the adapters.",
         shape.rank,
         shape.answer,
         load.rounds,
@@ -248,17 +251,12 @@ fn task(bench: &Bench, kept: &Kept, page: &mut Page) -> anyhow::Result<()> {
 }
 
 fn accuracies(rows: &[&accuracy::Row]) -> String {
-    let runs = |name: &str| rows.iter().find(|row| row.cell.variant.name == name).map(|row| row.runs.as_slice());
-    let (reference, plain) = (runs(REFERENCE).unwrap_or_default(), runs(PLAIN).and_then(mean));
+    let plain = mean(runs_of(rows, PLAIN));
     let mut table =
         Table::new(&["", "accuracy", "difference", "MB up", "MB down", "MB total", "plain f16 split / this"]);
     for row in rows {
         let values: Vec<f64> = row.runs.iter().map(|(_, outcome)| outcome.accuracy * 100.0).collect();
-        let paired = |(seed, outcome): &(u64, Outcome)| {
-            let (_, same) = reference.iter().find(|(other, _)| other == seed)?;
-            Some((outcome.accuracy - same.accuracy) * 100.0)
-        };
-        let differences: Vec<f64> = row.runs.iter().filter_map(paired).collect();
+        let differences = differences(rows, row.cell.variant.name);
         let mut cells = vec![row.cell.variant.name.to_owned(), spread(&values, false), spread(&differences, true)];
         match mean(&row.runs) {
             Some(traffic) => {
@@ -270,6 +268,20 @@ fn accuracies(rows: &[&accuracy::Row]) -> String {
         table.row(cells);
     }
     table.text()
+}
+
+fn runs_of<'a>(rows: &[&'a accuracy::Row], name: &str) -> &'a [(u64, Outcome)] {
+    rows.iter().find(|row| row.cell.variant.name == name).map(|row| row.runs.as_slice()).unwrap_or_default()
+}
+
+/// A variant's accuracy less the reference's with the same seed, points.
+fn differences(rows: &[&accuracy::Row], name: &str) -> Vec<f64> {
+    let reference = runs_of(rows, REFERENCE);
+    let paired = |(seed, outcome): &(u64, Outcome)| {
+        let (_, same) = reference.iter().find(|(other, _)| other == seed)?;
+        Some((outcome.accuracy - same.accuracy) * 100.0)
+    };
+    runs_of(rows, name).iter().filter_map(paired).collect()
 }
 
 /// What one client sends and receives, mean over clients and runs.

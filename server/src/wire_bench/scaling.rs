@@ -17,6 +17,7 @@ use anyhow::Context;
 use fednano_shared::bundle::EdgeDtype;
 use fednano_shared::config::ModelConfig;
 use fednano_shared::ledger::{Kind, Traffic};
+use fednano_shared::wire::agreement;
 use serde::{Deserialize, Serialize};
 
 /// What a participant does in a whole federation.
@@ -35,7 +36,7 @@ pub(super) struct Load {
 }
 
 /// Requests of a Fisher pass that share one answer about the matrices.
-const FISHER_GROUP: u64 = 8;
+const FISHER_GROUP: u64 = agreement::FISHER_GROUP as u64;
 
 impl Load {
     fn fisher_rounds(&self) -> u64 {
@@ -287,6 +288,9 @@ mod tests {
         assert_eq!(o.plain_down, 10_000 * 640 * 4096 * 2 + 11 * adapters);
         assert_eq!(o.lora(), 2 * 10 * 2 * 180_887_552);
         assert!(o.edge > 443_223_040 && o.edge < 450_000_000, "{}", o.edge);
+        // Codes in int8, matrices in f16: what the boundary was made for.
+        let ours = made(&load(1000, false), 1_048_576).total();
+        assert!(o.plain() >= 20 * ours && o.lora() > ours, "{ours} of {} and {}", o.plain(), o.lora());
         let with_fisher = others(&shape, &load(1000, true)).unwrap();
         assert_eq!(with_fisher.plain_up, 20_000 * 640 * 4096 * 2 + 20 * adapters);
     }

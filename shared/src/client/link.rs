@@ -6,6 +6,8 @@ use crate::edge::FeatureCache;
 use crate::ledger::{Meter, Traffic};
 use crate::model::adapter::DeviceError;
 use crate::plain::TensorBlob;
+use crate::settings::{Overlap, Rounding};
+use crate::step;
 use crate::wire::agreement::Agreement;
 use crate::wire::numbers::PictureKey;
 use crate::wire::{self, ClientMessage, ParticipantId, ServerMessage};
@@ -53,6 +55,8 @@ const TELL: Duration = Duration::from_secs(1);
 pub(crate) struct Lasting {
     /// Pictures whose features the server has had. It may have dropped some since; then it asks.
     pub(super) sent: HashSet<PictureKey>,
+    /// Seeds of roundings so far.
+    drawn: u64,
     /// Bytes of earlier connections, by round.
     earlier: BTreeMap<u32, Traffic>,
     told: Option<Duration>,
@@ -72,8 +76,8 @@ pub(crate) struct Link<'a, T, O> {
     seed: u64,
     pub(super) lasting: Lasting,
     meter: Meter,
-    /// `up` matrices as sent last over this connection.
-    pub(super) up: Option<Arc<Pair<TensorBlob>>>,
+    /// `up` matrices as sent last over this connection, and how they were rounded.
+    pub(super) up: Option<(Arc<Pair<TensorBlob>>, Rounding)>,
     /// Requests under way, oldest first.
     pub(super) requests: VecDeque<super::remote::Waiting>,
 }
@@ -216,9 +220,18 @@ impl<'a, T: Transport, O: Observer> Link<'a, T, O> {
         self.next_id
     }
 
-    /// The seed of what is rounded for a request.
-    pub(super) fn seed_of(&self, id: u64) -> u64 {
-        scattered(self.seed ^ scattered(id))
+    /// The seed of what is rounded for the next request: numbers of requests begin anew with each connection, lots must not.
+    pub(super) fn new_seed(&mut self) -> u64 {
+        self.lasting.drawn += 1;
+        scattered(self.seed ^ scattered(self.lasting.drawn))
+    }
+
+    /// Training requests that may be under way.
+    pub(crate) fn window(&self) -> usize {
+        match self.agreement.overlap {
+            Overlap::Off => 1,
+            Overlap::Parts | Overlap::Stale => step::WINDOW,
+        }
     }
 
     /// Nobody waits for answers any more. What the server made of the requests is not known, its `up` matrices neither.

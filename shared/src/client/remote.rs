@@ -8,8 +8,8 @@ use super::{ClientError, Observer, Transport};
 use crate::boundary::{BoundaryReply, BoundaryRequest, EvaluationReply, Input, Place};
 use crate::edge::{Batch, PictureFeatures};
 use crate::generate::{GenerateRequest, NextToken, TokenSource};
-use crate::settings::Overlap;
-use crate::step::{self, BoundaryError, LlmBoundary, StepError};
+use crate::settings::Format;
+use crate::step::{BoundaryError, LlmBoundary, StepError};
 use crate::wire::agreement::BoundaryMode;
 use crate::wire::convert::{SentShape, pack_hidden};
 use crate::wire::numbers::PictureKey;
@@ -112,31 +112,52 @@ impl<T: Transport, O: Observer> Remote<'_, '_, T, O> {
         let sent = &self.link.lasting.sent;
         let unsent: Vec<_> = pictures.values().filter(|picture| !sent.contains(&picture.key)).cloned().collect();
         self.send_features(unsent).await?;
+        let (seed, shape, round) = (self.link.new_seed(), SentShape::of(&request), self.round);
+        let agreement = match place {
+            Some(_) => self.link.agreement,
+            None => self.link.agreement.to_the_nearest(),
+        };
         let same = match (&up, &self.link.up) {
-            (Some(now), Some(last)) => Arc::ptr_eq(now, last) || now == last,
+            (Some(now), Some((last, rounding))) => {
+                let alike = *rounding == agreement.rounding || agreement.matrices == Format::F32;
+                alike && (Arc::ptr_eq(now, last) || now == last)
+            }
             _ => false,
         };
-        let (seed, shape, rows) = (self.link.seed_of(id), SentShape::of(&request), &batch.rows);
-        let alone = place.unwrap_or(Place::ALONE);
-        let packed = WireRequest::pack(&request, rows, alone, same, &self.link.agreement, seed);
+        let packed = WireRequest::pack(&request, &batch.rows, place.unwrap_or(Place::ALONE), same, &agreement, seed);
+        drop(request); // it may be large, and sending takes long
         let request = packed.map_err(|e| BoundaryError::Failed(e.to_string()))?;
-        let round = self.round;
         let message = match place {
             Some(_) => ClientMessage::Train { id, round, request },
             None => ClientMessage::Evaluate { id, round, request },
         };
         self.link.send(&message).await.map_err(lost)?;
-        if up.is_some() {
-            self.link.up = up;
+        if let Some(up) = up {
+            let rounding = match &self.link.up {
+                Some((_, last)) if same => *last,
+                _ => agreement.rounding,
+            };
+            self.link.up = Some((up, rounding));
         }
         self.link.requests.push_back(Waiting { id, shape: Some(shape), pictures, answer: None });
         Ok(id)
     }
 
     async fn send_features(&mut self, pictures: Vec<Arc<PictureFeatures>>) -> Result<(), BoundaryError> {
+        let agreement = self.link.agreement;
+        if let Some(other) = pictures.iter().find(|picture| picture.packed.format != agreement.features) {
+            let (found, agreed) = (other.packed.format, agreement.features);
+            let cause = format!("features of a picture are in {found}, agreed was {agreed}");
+            return Err(BoundaryError::Failed(format!("{cause}; this is a bug in this program, please report it")));
+        }
+        // Only here: a picture's key is that of its bytes before.
+        let packed = |picture: &PictureFeatures| {
+            let smaller = if agreement.deflate { picture.packed.smaller() } else { None };
+            smaller.unwrap_or_else(|| picture.packed.clone())
+        };
         for frame in in_frames(pictures, FEATURES_AT_ONCE) {
             let keys: Vec<PictureKey> = frame.iter().map(|picture| picture.key).collect();
-            let pictures = frame.iter().map(|picture| (picture.key, picture.packed.clone())).collect();
+            let pictures = frame.iter().map(|picture| (picture.key, packed(picture))).collect();
             let message = ClientMessage::Features { round: self.round, pictures };
             self.link.send(&message).await.map_err(lost)?;
             self.link.lasting.sent.extend(keys);
@@ -234,7 +255,7 @@ impl<T: Transport, O: Observer> Remote<'_, '_, T, O> {
         let GenerateRequest { past, hidden, sampling } = request;
         let width = hidden.shape.last().copied().unwrap_or(0);
         let positions = u32::try_from(hidden.data.len() / width.max(1)).unwrap_or(u32::MAX); // too many for any model
-        let hidden = pack_hidden(&hidden, &self.link.agreement, self.link.seed_of(id));
+        let hidden = pack_hidden(&hidden, &self.link.agreement.to_the_nearest(), 0); // no lots, so no seed
         let hidden = hidden.map_err(|e| BoundaryError::Failed(e.to_string()))?;
         let message = ClientMessage::Generate { id, past, hidden, positions, sampling };
         self.link.send(&message).await.map_err(lost)?;
@@ -246,6 +267,10 @@ impl<T: Transport, O: Observer> Remote<'_, '_, T, O> {
 impl<T: Transport, O: Observer> LlmBoundary for Remote<'_, '_, T, O> {
     fn mode(&self) -> BoundaryMode {
         self.link.agreement.mode
+    }
+
+    fn features(&self) -> Format {
+        self.link.agreement.features
     }
 
     async fn send(&mut self, request: BoundaryRequest, batch: &Batch, place: Place) -> Result<(), BoundaryError> {
@@ -271,10 +296,7 @@ impl<T: Transport, O: Observer> LlmBoundary for Remote<'_, '_, T, O> {
     }
 
     fn window(&self) -> usize {
-        match self.link.agreement.overlap {
-            Overlap::Off => 1,
-            Overlap::Parts | Overlap::Stale => step::WINDOW,
-        }
+        self.link.window()
     }
 }
 

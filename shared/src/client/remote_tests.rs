@@ -6,6 +6,7 @@ use crate::client::{ClientEvent, TransportError};
 use crate::edge::BatchRow;
 use crate::ledger::Traffic;
 use crate::plain::{AdapterState, TensorBlob};
+use crate::settings::{Overlap, Rounding};
 use crate::wire::agreement::Agreement;
 use crate::wire::numbers::{Coder, Packed};
 use crate::wire::{self, Fault, Matrices, WireGradient, WireInput, WireReply};
@@ -230,6 +231,85 @@ fn a_fault_ends_the_waiting_and_matrices_are_sent_anew() {
     assert!(matches!(run(Remote::new(&mut link, 1, 0).reply()), Err(BoundaryError::Lost(_))));
     send(&mut link);
     assert_eq!(played.heard(), ["train 4, sent"]);
+}
+
+#[test]
+fn features_go_deflated_and_in_the_agreed_format_only() {
+    let (played, mut nobody) = (Played::default(), Nobody);
+    let mut link = link(&played, &mut nobody);
+    link.agreement.deflate = true;
+    let values = vec![1.0; 64 * D];
+    let plain = Coder::EXACT.pack("features", &values, D).unwrap();
+    let a = Arc::new(PictureFeatures::new(plain.clone(), D));
+    let one = batch(&[&a]);
+    run(Remote::new(&mut link, 1, 0).send(request(&one, &up(0.0)), &one, Place::ALONE)).unwrap();
+    let sent = std::mem::take(&mut played.0.borrow_mut().sent);
+    let ClientMessage::Features { pictures, .. } = &sent[0] else { panic!("{sent:?}") };
+    let (key, packed) = &pictures[0];
+    assert!(packed.deflated && packed.bytes.len() < plain.bytes.len());
+    // The key is that of the values, deflated or not.
+    assert_eq!((*key, packed.unpack("features", values.len(), D).unwrap()), (PictureKey::of(&plain), values));
+
+    link.agreement.features = Format::F16;
+    let b = picture(2.0);
+    let other = batch(&[&b]);
+    let mut remote = Remote::new(&mut link, 1, 0);
+    assert_eq!(remote.features(), Format::F16);
+    let fault = run(remote.send(request(&other, &up(0.0)), &other, Place::ALONE)).unwrap_err();
+    assert!(matches!(&fault, BoundaryError::Failed(words) if words.contains("agreed was f16")), "{fault}");
+    assert!(played.heard().is_empty());
+}
+
+#[test]
+fn what_is_judged_is_not_drawn_by_lot() {
+    let (played, mut nobody) = (Played::default(), Nobody);
+    let mut link = link(&played, &mut nobody);
+    let nearest = Agreement { codes: Format::Int8, matrices: Format::Int8, ..link.agreement };
+    link.agreement = Agreement { rounding: Rounding::Stochastic, ..nearest };
+    let a = picture(1.0);
+    let one = batch(&[&a]);
+    // The second of each row lies between two codes.
+    let blob = || Some(TensorBlob { shape: vec![D, R], data: [1.0, 0.123].repeat(D) });
+    let up = Arc::new(Pair { image: blob(), text: blob() });
+    let judged = |id| ServerMessage::Evaluated { id, reply: EvaluationReply { nll: vec![0.0], predicted: vec![1] } };
+    played.will_say([judged(1), trained(2, 1, 2.0), trained(3, 1, 3.0), judged(4), trained(5, 1, 5.0)]);
+    let judge = |link: &mut Link<'_, Played, Nobody>| {
+        run(Remote::new(link, 1, 0).evaluate(request(&one, &up), &one)).unwrap();
+    };
+    let train = |link: &mut Link<'_, Played, Nobody>| {
+        let mut remote = Remote::new(link, 1, 0);
+        run(remote.send(request(&one, &up), &one, Place::ALONE)).unwrap();
+        run(remote.reply()).unwrap();
+    };
+    judge(&mut link);
+    train(&mut link);
+    train(&mut link);
+    judge(&mut link);
+    // Exact matrices are the same either way.
+    link.agreement.matrices = Format::F32;
+    train(&mut link);
+    let expected = WireRequest::pack(&request(&one, &up), &one.rows, Place::ALONE, false, &nearest, 0).unwrap();
+    let as_expected = |message: &ClientMessage| match message {
+        ClientMessage::Train { request, .. } | ClientMessage::Evaluate { request, .. } => Some(*request == expected),
+        _ => None,
+    };
+    let found: Vec<bool> = played.0.borrow().sent.iter().filter_map(as_expected).collect();
+    assert_eq!(found, [true, false, false, true, false]);
+    let words = ["features of 1 in round 1", "evaluate 1, sent", "train 2, sent", "train 3, same", "evaluate 4, sent"];
+    assert_eq!(played.heard(), [&words[..], &["train 5, same"]].concat());
+}
+
+#[test]
+fn no_seed_is_drawn_twice() {
+    let (played, mut nobody) = (Played::default(), Nobody);
+    let mut first = link(&played, &mut nobody);
+    let mut seeds: Vec<u64> = (0..3).map(|_| first.new_seed()).collect();
+    let lasting = first.end();
+    let mut second = Link::going_on(played.clone(), &mut nobody, lasting);
+    second.agree(Agreement::PLAIN, 7);
+    seeds.extend((0..3).map(|_| second.new_seed()));
+    let different: std::collections::BTreeSet<u64> = seeds.iter().copied().collect();
+    assert_eq!(different.len(), seeds.len(), "{seeds:?}");
 }
 
 #[test]

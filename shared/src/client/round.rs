@@ -11,6 +11,7 @@ use crate::optimizer::AdapterOptimizer;
 use crate::plain::AdapterState;
 use crate::settings::{FederationSettings, Overlap, Strategy};
 use crate::step::{self, Evaluation, StepRules};
+use crate::wire::agreement::FISHER_GROUP;
 use crate::wire::{ClientMessage, FaultCode, LocalEvaluation, ParticipantId, ServerMessage, Update};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
@@ -158,9 +159,6 @@ fn batches(agreed: &Agreed<'_>, rows: &[usize]) -> Result<Vec<Batch>, ClientErro
     batches.map_err(|e| ClientError::Step(e.to_string()))
 }
 
-/// Requests of the Fisher pass between two snapshots: enough of them that transfer and work overlap.
-const FISHER_GROUP: usize = 8;
-
 /// Squares of each sample's gradients with the trained adapters; false: cancelled.
 async fn fisher_pass<T: Transport, O: Observer, K: Clock, S: Keeper>(
     agreed: &Agreed<'_>,
@@ -168,17 +166,17 @@ async fn fisher_pass<T: Transport, O: Observer, K: Clock, S: Keeper>(
     link: &mut Link<'_, T, O>,
     desk: &mut Desk<'_, K, S>,
 ) -> Result<bool, Interruption> {
-    let Agreed { me, settings, .. } = agreed;
+    let Agreed { me, settings, cache, .. } = agreed;
     let round = state.round;
     let all = state.plan.pass.len();
     let wanted = if settings.fisher_samples == 0 { all } else { settings.fisher_samples.min(all) };
     while state.fisher_done < wanted {
         let left = state.plan.pass.get(state.fisher_done..wanted).unwrap_or_default();
         let rows = left.chunks(at_once(settings).saturating_mul(FISHER_GROUP)).next().unwrap_or_default();
-        let (parts, samples) = (batches(agreed, rows)?, rows.len());
+        let (parts, samples) = (rows.chunks(at_once(settings)).map(|rows| me.edge.batch(cache, rows)), rows.len());
         let mut boundary = Remote::new(link, round, settings.max_staleness);
         let fisher = &mut state.fisher;
-        let done = step::fisher_group(&state.adapters, &parts, &mut boundary, me.device, fisher).await;
+        let done = step::fisher_parts(&state.adapters, parts, &mut boundary, me.device, fisher).await;
         if settle(done)?.is_none() {
             return Ok(false);
         }

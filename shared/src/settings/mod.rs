@@ -112,7 +112,7 @@ pub struct FederationSettings {
     pub gradient_format: Format,
     /// Number format of the `up` matrices and of their gradients (`low-rank`).
     pub matrix_format: Format,
-    /// How numbers are rounded to `f16` and `int8`.
+    /// How numbers are rounded to `f16` and `int8` in training; evaluations and questions always go to the nearest.
     pub rounding: Rounding,
     /// What is sent in those formats is deflated where that is smaller.
     pub compress: bool,

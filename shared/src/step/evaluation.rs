@@ -1,10 +1,10 @@
-//! Without a step: embeddings for decoding, and held-out quality.
+//! Without a step: embeddings for decoding, held-out quality, Fisher values, gradients alone.
 
-use super::{LlmBoundary, StepError, make_request, tensor, up_matrices};
-use crate::boundary::Want;
-use crate::edge::{Batch, FeatureCache, NanoEdge};
-use crate::model::adapter::{DeviceError, NanoAdapters, read};
-use crate::plain::TensorBlob;
+use super::{Answers, Begun, LlmBoundary, StepError, WINDOW, begin_step, make_request, tensor, up_matrices};
+use crate::boundary::{BoundaryReply, Want};
+use crate::edge::{Batch, EdgeError, FeatureCache, NanoEdge};
+use crate::model::adapter::{DeviceError, NanoAdapters, read, read_all};
+use crate::plain::{AdapterState, TensorBlob};
 use burn::tensor::Device;
 use tracing::{Instrument, info_span};
 
@@ -83,4 +83,85 @@ pub async fn evaluate<B: LlmBoundary>(
         loss: nll / tokens.max(1) as f64,
         samples: rows.len(),
     })
+}
+
+/// Diagonal empirical Fisher of the adapters: mean over samples of squared per-sample gradients (FedNano, arXiv 2506.14824).
+/// Adds the squares of several requests, which go through the boundary as the parts of a step do, to `sums`, which must have the
+/// adapters' names and shapes. On an error nothing is added.
+///
+/// # Errors
+/// [`StepError`].
+pub async fn fisher_group<B: LlmBoundary>(
+    adapters: &NanoAdapters,
+    parts: &[Batch],
+    boundary: &mut B,
+    device: &Device,
+    sums: &mut AdapterState,
+) -> Result<(), StepError> {
+    fisher_parts(adapters, parts.iter().cloned().map(Ok), boundary, device, sums).await
+}
+
+/// [`fisher_group`] of batches that are made when it is their turn: the features of a whole group may be gigabytes.
+///
+/// # Errors
+/// [`StepError`], with [`StepError::Samples`] for a batch that cannot be made.
+pub async fn fisher_parts<B: LlmBoundary>(
+    adapters: &NanoAdapters,
+    mut parts: impl ExactSizeIterator<Item = Result<Batch, EdgeError>>,
+    boundary: &mut B,
+    device: &Device,
+    sums: &mut AdapterState,
+) -> Result<(), StepError> {
+    let mut begun = Begun::new(adapters, parts.len(), Want::Squares, boundary).await?;
+    let mut all = Answers::default();
+    begun.make(&mut parts, boundary, device).await?;
+    while let Some((part, reply)) = begun.answer(boundary, device).await? {
+        let backward = info_span!(target: "fednano::step", "backward");
+        if boundary.window() > 1 {
+            begun.make(&mut parts, boundary, device).await?; // as in a step: before the backward pass of this one
+        }
+        backward.in_scope(|| begun.backward(&part, reply, device, &mut all))?;
+        begun.make(&mut parts, boundary, device).await?;
+    }
+    begun.complete(&mut all, device)?;
+    Ok(all.squares.add_to(sums).await?)
+}
+
+impl Begun {
+    /// Make and send batches until the window is full.
+    async fn make<B: LlmBoundary>(
+        &mut self,
+        parts: &mut impl Iterator<Item = Result<Batch, EdgeError>>,
+        boundary: &mut B,
+        device: &Device,
+    ) -> Result<(), StepError> {
+        while self.under_way.len() < boundary.window().clamp(1, WINDOW) {
+            let Some(batch) = parts.next() else { break };
+            self.unsent.push_back(batch?);
+            self.send(boundary, device).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Loss and adapter gradients of a batch without a step, as plain data (tests, comparisons between devices).
+///
+/// # Errors
+/// [`StepError`].
+pub async fn gradients<B: LlmBoundary>(
+    adapters: &NanoAdapters,
+    batch: &Batch,
+    boundary: &mut B,
+    device: &Device,
+) -> Result<(BoundaryReply, AdapterState), StepError> {
+    let mut begun = begin_step(adapters, std::slice::from_ref(batch), Want::Gradient, boundary, device).await?;
+    let Some((part, reply)) = begun.answer(boundary, device).await? else {
+        return Err(StepError::Reply("nothing was asked".into()));
+    };
+    let mut all = Answers::default();
+    begun.backward(&part, reply.clone(), device, &mut all)?;
+    begun.complete(&mut all, device)?;
+    let all = read_all(all.gradients.in_order(adapters)?).await?;
+    let names = adapters.named().into_iter().map(|(name, _)| name.to_owned());
+    Ok((reply, AdapterState(names.zip(all).collect())))
 }

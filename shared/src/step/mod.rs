@@ -27,7 +27,7 @@ mod evaluation;
 mod server;
 mod sums;
 
-pub use evaluation::{Evaluation, adapted, evaluate};
+pub use evaluation::{Evaluation, adapted, evaluate, fisher_group, fisher_parts, gradients};
 pub use server::{FrozenLlm, InProcess};
 
 use crate::boundary::{
@@ -38,6 +38,7 @@ use crate::edge::{Batch, EdgeError};
 use crate::model::adapter::{DeviceError, Encoded, NanoAdapters, read, read_all};
 use crate::optimizer::AdapterOptimizer;
 use crate::plain::{AdapterState, TensorBlob};
+use crate::settings::Format;
 use crate::wire::agreement::BoundaryMode;
 use burn::tensor::{Device, Tensor, TensorData};
 use std::collections::VecDeque;
@@ -53,6 +54,11 @@ pub const WINDOW: usize = 2;
 pub trait LlmBoundary {
     /// How this boundary wants its input.
     fn mode(&self) -> BoundaryMode;
+    /// The format that features of pictures must have in batches whose `x` is sent in short
+    /// ([`FeatureCache::in_format`](crate::edge::FeatureCache::in_format)).
+    fn features(&self) -> Format {
+        Format::F32
+    }
     /// Hand over one request of a group; it may be answered later. `batch` is what it was made of. At most [`Self::window`] may be
     /// unanswered. After an error, here or in [`Self::reply`], none of them is answered any more.
     async fn send(&mut self, request: BoundaryRequest, batch: &Batch, place: Place) -> Result<(), BoundaryError>;
@@ -97,8 +103,11 @@ pub enum StepError {
     #[error(transparent)]
     Samples(#[from] EdgeError),
     /// The reply does not fit the request.
-    #[error("the server's reply does not fit the request: {0}")]
+    #[error("the server's reply does not fit the request: {0}; use a client and a server of one version")]
     Reply(String),
+    /// Training diverged.
+    #[error("the loss is {0}; training has diverged, begin again with a lower learning_rate")]
+    Loss(f32),
     /// A parameter was lost; training on would silently leave it at its start.
     #[error(
         "{found} of {expected} adapter tensors got a gradient; this is a bug in the training step, please report it"
@@ -176,22 +185,9 @@ pub async fn begin_step<B: LlmBoundary>(
     boundary: &mut B,
     device: &Device,
 ) -> Result<Begun, StepError> {
-    let of = u16::try_from(parts.len()).map_err(|_| {
-        BoundaryError::Failed(format!("a step of {} requests; raise micro_batch, or lower batch_size", parts.len()))
-    })?;
-    let mode = boundary.mode();
-    let mut begun = Begun {
-        adapters: adapters.clone(),
-        up: up_matrices(adapters, mode).await?,
-        mode,
-        want,
-        of,
-        sent: 0,
-        targets: parts.iter().map(|part| part.targets.len()).sum(),
-        unsent: parts.iter().cloned().collect(),
-        under_way: VecDeque::new(),
-        touched: [false; 2],
-    };
+    let mut begun = Begun::new(adapters, parts.len(), want, boundary).await?;
+    begun.targets = parts.iter().map(|part| part.targets.len()).sum();
+    begun.unsent = parts.iter().cloned().collect();
     begun.send(boundary, device).await?;
     Ok(begun)
 }
@@ -269,7 +265,7 @@ pub struct Begun {
     /// Requests in all, and those sent.
     of: u16,
     sent: u16,
-    /// Of all parts together.
+    /// Of all parts together; 0: not known, and of no matter to squares.
     targets: usize,
     unsent: VecDeque<Batch>,
     /// Unanswered, oldest first.
@@ -290,6 +286,31 @@ struct UnderWay {
 }
 
 impl Begun {
+    /// A group of so many parts, of which none is here yet.
+    async fn new<B: LlmBoundary>(
+        adapters: &NanoAdapters,
+        parts: usize,
+        want: Want,
+        boundary: &B,
+    ) -> Result<Self, StepError> {
+        let of = u16::try_from(parts).map_err(|_| {
+            BoundaryError::Failed(format!("a step of {parts} requests; raise micro_batch, or lower batch_size"))
+        })?;
+        let mode = boundary.mode();
+        Ok(Self {
+            adapters: adapters.clone(),
+            up: up_matrices(adapters, mode).await?,
+            mode,
+            want,
+            of,
+            sent: 0,
+            targets: 0,
+            unsent: VecDeque::new(),
+            under_way: VecDeque::new(),
+            touched: [false; 2],
+        })
+    }
+
     /// Every request is on its way.
     pub fn all_sent(&self) -> bool {
         self.unsent.is_empty()
@@ -301,7 +322,10 @@ impl Begun {
             let Some(batch) = self.unsent.pop_front() else { break };
             let made = make_request(&self.adapters, &self.up, &batch, self.want, self.mode, device);
             let (encoded, request) = made.instrument(info_span!(target: "fednano::step", "codes")).await?;
-            let share = batch.targets.len() as f64 / self.targets.max(1) as f64;
+            let share = match self.targets {
+                0 => 1.0 / f64::from(self.of.max(1)),
+                all => batch.targets.len() as f64 / all as f64,
+            };
             let scales = scales(&request);
             let place = Place { index: self.sent, of: self.of, share: share as f32 };
             let sent = boundary.send(request, &batch, place);
@@ -424,9 +448,12 @@ impl Begun {
         all: &mut Answers,
     ) -> Result<(), StepError> {
         let UnderWay { encoded, shape, scales, share } = part;
-        if reply.row_loss.len() != scales.len() || !reply.loss.is_finite() {
-            let (loss, rows) = (reply.loss, reply.row_loss.len());
-            return Err(StepError::Reply(format!("loss {loss} for {rows} rows, {} were sent", scales.len())));
+        if !reply.loss.is_finite() {
+            return Err(StepError::Loss(reply.loss));
+        }
+        if reply.row_loss.len() != scales.len() {
+            let rows = reply.row_loss.len();
+            return Err(StepError::Reply(format!("losses for {rows} rows, {} were sent", scales.len())));
         }
         let u = match (reply.gradient, self.mode) {
             (Gradient::Hidden(g), BoundaryMode::Activations) => {
@@ -515,48 +542,6 @@ fn u_of(encoded: &Encoded, mut found: Pair<TensorBlob>, device: &Device) -> Resu
 
 fn fits(blob: &TensorBlob, name: &str, shape: &[usize]) -> Result<(), StepError> {
     blob.check(name, shape).map_err(|e| StepError::Reply(e.to_string()))
-}
-
-// ---------------------------------------------------------------------------------------------- without a step
-
-/// Diagonal empirical Fisher of the adapters: mean over samples of squared per-sample gradients (FedNano, arXiv 2506.14824).
-/// Adds the squares of several requests, which go through the boundary as the parts of a step do, to `sums`, which must have the
-/// adapters' names and shapes. On an error nothing is added.
-///
-/// # Errors
-/// [`StepError`].
-pub async fn fisher_group<B: LlmBoundary>(
-    adapters: &NanoAdapters,
-    parts: &[Batch],
-    boundary: &mut B,
-    device: &Device,
-    sums: &mut AdapterState,
-) -> Result<(), StepError> {
-    let begun = begin_step(adapters, parts, Want::Squares, boundary, device).await?;
-    let answers = begun.answers(boundary, device).await?;
-    Ok(answers.squares.add_to(sums).await?)
-}
-
-/// Loss and adapter gradients of a batch without a step, as plain data (tests, comparisons between devices).
-///
-/// # Errors
-/// [`StepError`].
-pub async fn gradients<B: LlmBoundary>(
-    adapters: &NanoAdapters,
-    batch: &Batch,
-    boundary: &mut B,
-    device: &Device,
-) -> Result<(BoundaryReply, AdapterState), StepError> {
-    let mut begun = begin_step(adapters, std::slice::from_ref(batch), Want::Gradient, boundary, device).await?;
-    let Some((part, reply)) = begun.answer(boundary, device).await? else {
-        return Err(StepError::Reply("nothing was asked".into()));
-    };
-    let mut all = Answers::default();
-    begun.backward(&part, reply.clone(), device, &mut all)?;
-    begun.complete(&mut all, device)?;
-    let all = read_all(all.gradients.in_order(adapters)?).await?;
-    let names = adapters.named().into_iter().map(|(name, _)| name.to_owned());
-    Ok((reply, AdapterState(names.zip(all).collect())))
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@ use crate::boundary::{Positions, Target};
 use crate::edge::BatchRow;
 use crate::settings::{AdapterChoice, FederationSettings, OptimizerKind};
 use std::future::Future;
+use std::sync::Weak;
 use std::task::{Context, Poll, Waker};
 
 const DIM: usize = 3;
@@ -277,9 +278,8 @@ fn a_reply_that_does_not_fit_is_an_error() {
     }
 
     type Change = fn(&mut BoundaryReply);
-    let faults: [(BoundaryMode, Change, &str); 8] = [
+    let faults: [(BoundaryMode, Change, &str); 7] = [
         (BoundaryMode::Activations, |r| r.row_loss.truncate(1), "for 1 rows, 2 were sent"),
-        (BoundaryMode::Activations, |r| r.loss = f32::NAN, "NaN"),
         (BoundaryMode::Activations, |r| r.gradient = Gradient::Hidden(TensorBlob::zeros(&[6, 3])), "[6, 3]"),
         (BoundaryMode::Activations, |r| r.gradient = Gradient::Codes(CodesGradient::default()), "mode activations"),
         (BoundaryMode::LowRank, |r| codes(r).codes.text = None, "text codes"),
@@ -287,12 +287,53 @@ fn a_reply_that_does_not_fit_is_an_error() {
         (BoundaryMode::LowRank, |r| codes(r).up.image = None, "lacks the gradient of 'image.up'"),
         (BoundaryMode::LowRank, |r| codes(r).up_squares.text = None, "lacks the squares of 'text.up'"),
     ];
-    for (mode, change, word) in faults {
+    let cause = |mode: BoundaryMode, change: Change| {
         let (mut adapters, mut boundary) = (adapters(), Faulty(Toy::new(mode, 1), change));
         let parts = [batch(&[4, 3], 11)];
         let (mut sgd, device) = (sgd(), Device::flex());
         let done = train_step(&mut adapters, &mut sgd, &RULES, &parts, &mut boundary, &device);
-        let cause = now(done).unwrap_err().to_string();
-        assert!(cause.contains("does not fit the request") && cause.contains(word), "{cause}");
+        now(done).unwrap_err().to_string()
+    };
+    for (mode, change, word) in faults {
+        let cause = cause(mode, change);
+        let all = ["does not fit the request", word, "one version"];
+        assert!(all.iter().all(|part| cause.contains(part)), "{cause}");
+    }
+    let diverged = cause(BoundaryMode::LowRank, |r| r.loss = f32::NAN);
+    assert!(diverged.contains("NaN") && diverged.contains("learning_rate"), "{diverged}");
+}
+
+#[test]
+fn a_pass_makes_its_batches_when_they_are_sent() {
+    let parts = [batch(&[4, 3], 11), batch(&[5], 13), batch(&[3, 4, 5], 17), batch(&[6], 19)];
+    let zeros = now(adapters().to_state()).unwrap().zeros_like();
+    for mode in BoundaryMode::ALL {
+        for window in [1, 2] {
+            let (mut whole, mut boundary) = (zeros.clone(), Toy::new(mode, window));
+            now(fisher_group(&adapters(), &parts, &mut boundary, &Device::flex(), &mut whole)).unwrap();
+            let log = boundary.log;
+            assert_eq!(log.len(), 2 * parts.len());
+            assert_eq!(log.iter().take_while(|line| line.starts_with("send")).count(), window);
+
+            let (mut found, mut boundary) = (zeros.clone(), Toy::new(mode, window));
+            let mut made: Vec<Weak<TensorBlob>> = Vec::new();
+            let one_by_one = parts.iter().map(|part| {
+                assert!(made.iter().all(|x| x.strong_count() == 0), "features of a batch that was sent are held");
+                let part = Batch { x: Arc::new((*part.x).clone()), ..part.clone() };
+                made.push(Arc::downgrade(&part.x));
+                Ok(part)
+            });
+            now(fisher_parts(&adapters(), one_by_one, &mut boundary, &Device::flex(), &mut found)).unwrap();
+            assert_eq!((found, boundary.log), (whole, log));
+            // A batch that cannot be made ends the pass, and nothing is added.
+            let (mut none, mut boundary) = (zeros.clone(), Toy::new(mode, window));
+            let lacking = parts.iter().enumerate().map(|(n, part)| match n {
+                2 => Err(EdgeError::Features { found: 1, expected: 2 }),
+                _ => Ok(part.clone()),
+            });
+            let fault = now(fisher_parts(&adapters(), lacking, &mut boundary, &Device::flex(), &mut none)).unwrap_err();
+            assert!(matches!(fault, StepError::Samples(_)), "{fault}");
+            assert_eq!(none, zeros);
+        }
     }
 }

@@ -116,7 +116,7 @@ pub struct Agreement {
     pub gradients: Format,
     /// `up` matrices upward, their gradients downward.
     pub matrices: Format,
-    /// How numbers are rounded.
+    /// How numbers are rounded in training; what is only judged or answered goes to the nearest ([`Self::to_the_nearest`]).
     pub rounding: Rounding,
     /// What gets smaller by it is deflated.
     pub deflate: bool,
@@ -176,12 +176,13 @@ impl Agreement {
         Ok(agreement)
     }
 
-    /// For features: to the nearest, so that both ends keep the very same values.
-    pub fn feature_coder(&self) -> Coder {
-        Coder { format: self.features, rounding: Rounding::Nearest, deflate: self.deflate, seed: 0 }
+    /// The same without lots. Errors that have no direction help only where they are summed over steps; a judgement, or an answer,
+    /// should come out the same each time.
+    pub fn to_the_nearest(self) -> Self {
+        Self { rounding: Rounding::Nearest, ..self }
     }
 
-    /// For anything else, in one of the agreed formats; `seed` is another one for each message.
+    /// For one of the agreed formats, but features, which are rounded once; `seed` is another one for each message.
     pub fn coder(&self, format: Format, seed: u64) -> Coder {
         Coder { format, rounding: self.rounding, deflate: self.deflate, seed }
     }
@@ -226,7 +227,8 @@ fn offered<T: PartialEq + Display>(offer: &[T], wanted: T, here: &str, what: &st
 }
 
 /// Bytes over the boundary in each mode, for one participant over a whole federation; from shapes alone, before deflating, without
-/// what both modes share (targets, replies to evaluations, adapters, frames) and without a personal round after the last.
+/// what both modes share (targets, replies to evaluations, adapters, frames), without a personal round after the last, and as if `up`
+/// matrices that are drawn by lot in training served for evaluations too.
 ///
 /// With `n` samples of `P` positions on average, of which `C` have an adapter and `W` are text; `D` the width, `R` the rank, `A` adapters;
 /// `r` rounds in which the participant trains; in each of them `k` samples in `s` steps, `f` samples in the Fisher pass in `q` groups
@@ -247,8 +249,8 @@ pub struct Estimate {
 
 /// Bytes of a token id as postcard writes it, in a vocabulary of 2^14 to 2^21.
 const ID_BYTES: u64 = 3;
-/// Requests of the Fisher pass whose squares are summed into one reply.
-const FISHER_GROUP: u64 = 8;
+/// Requests of a Fisher pass whose squares are summed into one reply: enough of them that transfer and work overlap.
+pub const FISHER_GROUP: usize = 8;
 
 impl Estimate {
     /// For a participant's data.
@@ -345,7 +347,7 @@ impl Passes {
         };
         let squares = match s.strategy {
             Strategy::FisherEf => training.div_ceil(batch).min(steps),
-            _ => fisher.div_ceil(at_once).div_ceil(FISHER_GROUP),
+            _ => fisher.div_ceil(at_once).div_ceil(FISHER_GROUP as u64),
         };
         let share = (s.fraction * (1.0 + s.over_selection)).clamp(0.0, 1.0);
         let rounds = (f64::from(s.rounds) * share).ceil() as u64;

@@ -275,6 +275,19 @@ pub fn check_features(packed: &Packed, agreement: &Agreement, shapes: Shapes) ->
     Ok(())
 }
 
+/// Values of embeddings of a text to be gone on with, within what a server takes at once.
+///
+/// # Errors
+/// A [`Fault`] for the client: they are too many.
+pub fn measure_hidden(positions: u32, dim: usize) -> Result<usize, Fault> {
+    let values = usize::try_from(positions).ok().and_then(|positions| positions.checked_mul(dim));
+    values.filter(|values| *values <= MAX_VALUES).ok_or_else(|| Fault {
+        code: FaultCode::Invalid,
+        cause: format!("a text of {positions} new positions, {dim} wide, has more than {MAX_VALUES} values"),
+        remedy: "shorten the question".into(),
+    })
+}
+
 /// Embeddings `[1, positions, D]` of a text to be gone on with.
 ///
 /// # Errors
@@ -309,7 +322,8 @@ impl WireRequest {
         Err(unusable(format!("a request in the mode '{found}', agreed was '{}'", agreement.mode)))
     }
 
-    /// Values that it has when it is unpacked, within what a server takes at once; pictures lie within their rows.
+    /// Values that it has when it is unpacked, within what a server takes at once; pictures lie within their rows, and its lists are
+    /// no longer than its positions.
     ///
     /// # Errors
     /// A [`Fault`] for the client: it is too large, or its rows contradict each other.
@@ -335,6 +349,13 @@ impl WireRequest {
                 cause: format!("a matrix of {dim} x {rank} has more than {MAX_MATRIX} values"),
                 remedy: "use a smaller rank".into(),
             });
+        }
+        // A row without positions counts for nothing above, and yet takes memory.
+        if let Some(row) = self.lengths.iter().position(|length| *length == 0) {
+            return Err(unusable(format!("row {row} is empty")));
+        }
+        if self.targets.len() > total {
+            return Err(unusable(format!("{} targets in {total} positions", self.targets.len())));
         }
         if let WireInput::Codes { rows, .. } = &self.input {
             images(rows, &self.lengths, shapes).map_err(unusable)?;

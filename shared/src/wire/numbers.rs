@@ -228,9 +228,9 @@ impl Coder {
             Format::F16 => f16_bytes(values, rng.as_mut()),
             Format::Int8 => int8_bytes(values, width, rng.as_mut()),
         };
-        let smaller = if self.deflate { deflate(&sorted(self.format, &bytes)) } else { None };
-        let deflated = smaller.is_some();
-        Ok(Packed { format: self.format, deflated, bytes: smaller.unwrap_or(bytes) })
+        let plain = Packed { format: self.format, deflated: false, bytes };
+        let smaller = if self.deflate { plain.smaller() } else { None };
+        Ok(smaller.unwrap_or(plain))
     }
 
     fn check(&self, name: &str, values: &[f32]) -> Result<(), NumbersError> {
@@ -358,6 +358,14 @@ fn sorted(format: Format, bytes: &[u8]) -> Cow<'_, [u8]> {
         all.extend(bytes.iter().skip(head + byte).step_by(each));
     }
     Cow::Owned(all)
+}
+
+impl Packed {
+    /// The same values deflated; none: they are already, or would not get smaller.
+    pub fn smaller(&self) -> Option<Self> {
+        let plain = (!self.deflated).then(|| sorted(self.format, &self.bytes))?;
+        Some(Self { format: self.format, deflated: true, bytes: deflate(&plain)? })
+    }
 }
 
 /// None: it does not get smaller.

@@ -199,10 +199,11 @@ fn coders_are_as_agreed() {
         deflate: true,
         ..Agreement::PLAIN
     };
-    let features = Coder { format: Format::Int8, rounding: Rounding::Nearest, deflate: true, seed: 0 };
-    assert_eq!(agreement.feature_coder(), features);
     let codes = Coder { format: Format::F16, rounding: Rounding::Stochastic, deflate: true, seed: 7 };
     assert_eq!(agreement.coder(agreement.codes, 7), codes);
+    let judged = agreement.to_the_nearest();
+    assert_eq!(judged.coder(judged.codes, 7), Coder { rounding: Rounding::Nearest, ..codes });
+    assert_eq!(judged, Agreement { rounding: Rounding::Nearest, ..agreement });
     assert_eq!(Agreement::PLAIN.coder(Format::F32, 0), Coder::EXACT);
     assert_eq!(agreement.squares(), Format::F32);
 }

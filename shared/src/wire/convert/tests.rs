@@ -31,7 +31,7 @@ fn low_rank(format: Format) -> Agreement {
 
 fn picture(format: Format, number: usize) -> Arc<PictureFeatures> {
     let blob = values(IMAGE, DIM, 31 + number);
-    let packed = low_rank(format).feature_coder().pack("features", &blob.data, DIM).unwrap();
+    let packed = Coder { format, ..Coder::EXACT }.pack("features", &blob.data, DIM).unwrap();
     Arc::new(PictureFeatures::new(packed, DIM))
 }
 
@@ -302,6 +302,24 @@ fn embeddings_of_a_text_come_back() {
     for wrong in [0, 3, 5, u32::MAX] {
         assert!(unpack_hidden(&packed, wrong, &Agreement::PLAIN, DIM).is_err());
     }
+    // Known before anything is unpacked, or room taken for it.
+    assert_eq!(measure_hidden(4, DIM), Ok(4 * DIM));
+    let fault = measure_hidden(u32::MAX, DIM).unwrap_err();
+    assert!(fault.cause.contains("4294967295 new positions") && !fault.remedy.is_empty(), "{fault}");
+}
+
+#[test]
+fn lists_are_no_longer_than_positions() {
+    let wire = || pack(&hidden(), &[], &Agreement::PLAIN);
+    assert_eq!(wire().measure(SHAPES), Ok(10 * DIM));
+    let cause = |change: fn(&mut WireRequest)| {
+        let mut wire = wire();
+        change(&mut wire);
+        wire.measure(SHAPES).unwrap_err().cause
+    };
+    assert!(cause(|wire| wire.lengths.push(0)).contains("row 3 is empty"));
+    let more = |wire: &mut WireRequest| wire.targets = vec![Target { row: 0, position: 0, token: 0 }; 11];
+    assert!(cause(more).contains("11 targets in 10 positions"));
 }
 
 // ---------------------------------------------------------------------------------------------- replies
