@@ -113,10 +113,12 @@ async fn federation(State(site): State<Arc<Site>>, Path(name): Path<String>) -> 
     }
 }
 
-/// Every byte, by participant, round, direction and kind.
-async fn ledger(State(site): State<Arc<Site>>, Path(name): Path<String>) -> Response {
+/// Bytes by participant, direction and kind, and of the newest rounds; with `?rounds=true` each participant's by round too, which is
+/// much where they are many.
+async fn ledger(State(site): State<Arc<Site>>, Path(name): Path<String>, uri: Uri) -> Response {
     let Some(f) = site.shared.federations.get(&name) else { return unknown(&site, &name) };
-    match f.ledger().await {
+    let rounds = uri.query().is_some_and(|query| query.split('&').any(|pair| pair == "rounds=true"));
+    match f.recent_ledger(rounds).await {
         Some(ledger) => Json(ledger).into_response(),
         None => {
             let body = serde_json::json!({"code": "server", "cause": format!("the federation '{name}' has ended"),
@@ -137,8 +139,8 @@ fn unknown(site: &Site, name: &str) -> Response {
 async fn figures(State(site): State<Arc<Site>>) -> Response {
     let mut all = Vec::new();
     for f in site.shared.federations.values() {
-        if let Some(ledger) = f.ledger().await {
-            all.push(metrics::Figures { status: f.status(), total: ledger.total, rounds: ledger.rounds });
+        if let Some(sums) = f.sums().await {
+            all.push(metrics::Figures { status: f.status(), total: sums.total, rounds: sums.rounds });
         }
     }
     match metrics::text(&all) {

@@ -74,6 +74,9 @@ pub fn adapters(rank: usize, dim: usize) -> AdapterState {
     state
 }
 
+/// Rank of [`run`]'s adapters; a federation of a lower one takes no such requests.
+pub const RANK: usize = 8;
+
 /// Run the step.
 ///
 /// # Errors
@@ -86,7 +89,7 @@ pub async fn run<B: LlmBoundary>(
     let width = edge.config.text.hidden;
     let exact = edge.encode(&samples(), |_, _| {}).await?;
     let cache = exact.in_format(boundary.features(), width).map_err(EdgeError::from)?;
-    let state = adapters(8, width);
+    let state = adapters(RANK, width);
     let adapters = NanoAdapters::from_state(&state, device);
     let rows: Vec<usize> = (0..cache.samples.len()).collect();
     let batch = edge.batch(&cache, &rows)?;

@@ -160,7 +160,7 @@ pub enum ClientMessage {
         id: u64,
         /// Positions that the server has seen already; 0 begins a text and forgets the connection's former one.
         past: u32,
-        /// Embeddings of the positions that follow them, `[positions, D]`.
+        /// Embeddings of the positions that follow them, `[positions, D]`; in f16 where codes go in 8 bits.
         hidden: Packed,
         /// How many those are.
         positions: u32,
@@ -216,7 +216,7 @@ pub enum WireInput {
         /// What the features `x` of each row consist of.
         #[serde(deserialize_with = "few")]
         rows: Vec<WireRow>,
-        /// R, the width of the codes; 0 where there are none.
+        /// R, the width of the codes, at most the federation's rank (twice that where FedDPA-F's mix is judged); 0 where there are none.
         rank: u32,
         /// `z` of each adapter, `[positions of the part, R]`.
         codes: Pair<Packed>,
@@ -530,6 +530,7 @@ pub enum ServerMessage {
         rounds_until: Option<u32>,
     },
     /// Request `id` waits for features that the server has not, or no more. They are to be sent; the request is not to be repeated.
+    /// When no features at all have come for two minutes, it is refused.
     Missing {
         /// Of the request.
         id: u64,

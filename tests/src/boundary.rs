@@ -7,7 +7,7 @@ mod lean;
 mod refused;
 mod timeline;
 
-pub use agreed::{auto_by_shapes, only_what_is_offered};
+pub use agreed::{asking_in_every_setting, auto_by_shapes, only_what_is_offered};
 pub use formats::{deflated_is_the_same, formats_train};
 pub use lean::{every_table_form, padding_costs_nothing, text_goes_as_ids};
 pub use refused::out_of_range;

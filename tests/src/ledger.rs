@@ -7,6 +7,7 @@ use burn::tensor::Device;
 use fednano_server::coordinator::{Federation, Ledger};
 use fednano_server::edge_download::{Downloaded, download_edge};
 use fednano_server::native::{Invite, SocketConnector};
+use fednano_server::session::{self, SocketFault};
 use fednano_server::wire_bench::link::{Proxy, Shape, proxy};
 use fednano_shared::ask::Asking;
 use fednano_shared::client::{ClientEvent, Connector, Observer, Outcome, Transport};
@@ -18,8 +19,11 @@ use fednano_shared::settings::{BoundaryChoice, FederationSettings, Format};
 use fednano_shared::wire::{self, ClientMessage, Hello, Purpose};
 use fednano_tests::tap::{Frames, Tap};
 use fednano_tests::{LIMIT, MODES, Server, block, encode, fixture, get, hello, introduction, offer, take_part_over};
+use futures_util::{Sink, Stream};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::pin::Pin;
+use std::task::{self, Poll};
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
@@ -232,10 +236,20 @@ async fn the_line(clients: &[Counted], line: &Proxy, seconds: u64) -> anyhow::Re
     Ok(())
 }
 
-/// The JSON is the ledger, and the metrics have its sums.
+/// The JSON is the ledger, with participants' rounds only if they are asked for, and the metrics have its sums.
 async fn page_and_metrics(server: &Server, ledger: &Ledger) -> anyhow::Result<()> {
-    let page: Ledger = serde_json::from_str(&get(server.address(), "/api/federations/test/ledger").await?)?;
-    ensure!(page == *ledger, "the page has {page:?}");
+    let page = async |query: &str| -> anyhow::Result<Ledger> {
+        let path = format!("/api/federations/test/ledger{query}");
+        Ok(serde_json::from_str(&get(server.address(), &path).await?)?)
+    };
+    let whole = page("?rounds=true").await?;
+    ensure!(whole == *ledger, "the page has {whole:?}");
+    let mut sums = ledger.clone();
+    sums.participants.iter_mut().for_each(|p| p.rounds.clear());
+    for query in ["", "?", "?rounds=false"] {
+        let found = page(query).await?;
+        ensure!(found == sums, "'{query}': the page has {found:?}");
+    }
     let sum = Traffic::sum(ledger.participants.iter().map(|p| &p.total));
     let by_round = Traffic::sum(ledger.rounds.values());
     ensure!(sum == ledger.total && by_round == ledger.total, "the parts do not add up: {ledger:?}");
@@ -277,7 +291,7 @@ pub fn askers_and_restless() -> anyhow::Result<()> {
         let settings = FederationSettings {
             boundary: BoundaryChoice::LowRank,
             rounds: 1,
-            rank: 4,
+            rank: probe::RANK,
             local_steps: 10,
             batch_size: 4,
             ..Default::default()
@@ -322,6 +336,62 @@ pub fn askers_and_restless() -> anyhow::Result<()> {
         ensure!(possible.contains(&server_has.up.total()), "{} bytes came, not {possible:?}", server_has.up.total());
         ensure!(server_has.down.total() >= own.down.total(), "{server_has:?}, the client has {own:?}");
         ensure!(server_has.up.features == own.up.features, "features {server_has:?}, the client has {own:?}");
+        server.stop().await
+    })
+}
+
+/// A connection that says one thing and takes nothing.
+struct Deaf(Option<Vec<u8>>);
+
+impl Stream for Deaf {
+    type Item = Result<Vec<u8>, SocketFault>;
+
+    fn poll_next(mut self: Pin<&mut Self>, _: &mut task::Context<'_>) -> Poll<Option<Self::Item>> {
+        Poll::Ready(self.0.take().map(Ok))
+    }
+}
+
+impl Sink<Vec<u8>> for Deaf {
+    type Error = ();
+
+    fn poll_ready(self: Pin<&mut Self>, _: &mut task::Context<'_>) -> Poll<Result<(), ()>> {
+        Poll::Ready(Err(()))
+    }
+
+    fn start_send(self: Pin<&mut Self>, _: Vec<u8>) -> Result<(), ()> {
+        Err(())
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut task::Context<'_>) -> Poll<Result<(), ()>> {
+        Poll::Ready(Err(()))
+    }
+
+    fn poll_close(self: Pin<&mut Self>, _: &mut task::Context<'_>) -> Poll<Result<(), ()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// Whoever is gone before its welcome has joined all the same: what it said is counted, and it is away.
+pub fn unwelcomed() -> anyhow::Result<()> {
+    block(LIMIT, async {
+        let folder = tempfile::tempdir()?;
+        let settings = FederationSettings { min_participants: 2, ..Default::default() };
+        let server = Server::start_model(&fixture(), settings, folder.path()).await?;
+        let federation = server.app.federation("test").context("no federation")?;
+        let frame = |purpose: Purpose| wire::encode(&ClientMessage::Hello(hello("deaf", 3, purpose)));
+        let (trains, asks) = (frame(Purpose::Train), frame(Purpose::Ask));
+        for said in [&trains, &asks] {
+            session::run(Deaf(Some(said.clone())), server.app.shared()).await;
+        }
+        let found = ledger(&federation).await?;
+        let [me] = &found.participants[..] else { anyhow::bail!("{:?}", found.participants) };
+        ensure!(me.total.up.total() == trains.len() as u64, "{} bytes said, {:?} counted", trains.len(), me.total);
+        ensure!(me.total.down.total() == 0, "nothing was taken, {:?} counted", me.total);
+        let questions = Traffic::sum(found.questions.values());
+        ensure!(questions.total() == asks.len() as u64, "{} bytes said, {questions:?} counted", asks.len());
+        let away = || federation.status().participants.first().is_some_and(|p| !p.connected);
+        until(async || anyhow::Ok(away())).await?;
+        ensure!(away(), "it counts as here: {:?}", federation.status().participants);
         server.stop().await
     })
 }

@@ -5,12 +5,18 @@ use fednano_server::edge_bundle;
 use fednano_server::http::{self, Site};
 use fednano_server::native::{SocketConnector, channel};
 use fednano_server::session::{self, SignsOfLife};
+use fednano_shared::boundary::{Pair, Place};
 use fednano_shared::bundle::EdgeDtype;
 use fednano_shared::client::{Connector, Transport, TransportError};
 use fednano_shared::model::files::ModelFiles;
 use fednano_shared::settings::FederationSettings;
-use fednano_shared::wire::{self, ClientMessage, Hello, Purpose, ServerMessage, SessionToken};
-use fednano_tests::{LIMIT, Server, block, hello, nano_llava, repository};
+use fednano_shared::wire::agreement::{BoundaryMode, Offer};
+use fednano_shared::wire::numbers::PictureKey;
+use fednano_shared::wire::{
+    self, ClientMessage, Hello, Matrices, Purpose, ServerMessage, SessionToken, WireInput, WireRequest, WireRow,
+};
+use fednano_tests::hand::{Hand, exact, numbers, request};
+use fednano_tests::{LIMIT, Server, block, hello, nano_llava, offer, repository};
 use futures_util::{SinkExt, StreamExt};
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,9 +28,17 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 /// Soon over.
-const SHORT: SignsOfLife = SignsOfLife { beat: Duration::from_millis(50), silence: Duration::from_millis(300) };
+const SHORT: SignsOfLife = SignsOfLife {
+    beat: Duration::from_millis(50),
+    silence: Duration::from_millis(300),
+    pictures: Duration::from_millis(300),
+};
 /// Soon over, but not because the machine is busy.
-const PATIENT: SignsOfLife = SignsOfLife { beat: Duration::from_millis(50), silence: Duration::from_secs(1) };
+const PATIENT: SignsOfLife = SignsOfLife {
+    beat: Duration::from_millis(50),
+    silence: Duration::from_secs(1),
+    pictures: Duration::from_millis(600),
+};
 
 /// A server with a second door, at which peers are watched with this patience.
 struct Watched {
@@ -152,6 +166,64 @@ pub fn unwatched() -> anyhow::Result<()> {
         // It is still listened to.
         client.send(wire::encode(&ClientMessage::Leave)).await?;
         watched.until(false).await?;
+        watched.server.stop().await
+    })
+}
+
+/// Features that were called for and do not come: the request is refused and its step given up, and the connection goes on.
+pub fn no_pictures() -> anyhow::Result<()> {
+    block(LIMIT, async {
+        let watched = Watched::start(PATIENT).await?;
+        let config = &watched.server.app.held_out.edge.config;
+        let (dim, each) = (config.text.hidden, config.image_tokens());
+        let offer = Offer { modes: vec![BoundaryMode::LowRank], ..offer(3) };
+        let mut hand = Hand::open(&watched.socket, offer).await?;
+        // Five ids, and perhaps a picture after the first; rank 1.
+        let request = |picture: Option<PictureKey>, place: Place| {
+            let positions = if picture.is_some() { each } else { 0 };
+            let row = WireRow { ids: vec![5, 6, 7, 8, 9], picture: picture.map(|key| (key, 1)) };
+            let codes = Pair { image: Some(exact(&numbers(positions))), text: Some(exact(&numbers(5))) };
+            let up = || Some(exact(&numbers(dim)));
+            let up = Matrices::Sent(Pair { image: up(), text: up() });
+            let mut request = request(1, WireInput::Codes { rows: vec![row], rank: 1, codes, up });
+            request.lengths[0] += positions as u32;
+            WireRequest { place, ..request }
+        };
+        let part = |index: u16| Place { index, of: 3, share: 0.3 };
+        let reply = hand.train(request(None, part(0))).await?.map_err(anyhow::Error::msg)?;
+        anyhow::ensure!(reply.loss.is_finite(), "loss {}", reply.loss);
+
+        let (id, begun) = (1000, Instant::now());
+        hand.say(&ClientMessage::Train { id, round: 0, request: request(Some(PictureKey(7)), part(1)) }).await?;
+        match hand.hear().await? {
+            ServerMessage::Missing { id: theirs, pictures } if theirs == id => {
+                anyhow::ensure!(pictures == [PictureKey(7)], "{pictures:?} are called for");
+            }
+            other => anyhow::bail!("{other:?} instead of a call for features"),
+        }
+        // Others may come first, which takes longer than it has.
+        for key in 100..104 {
+            tokio::time::sleep(PATIENT.pictures / 3).await;
+            let features = exact(&numbers(each * dim));
+            hand.say(&ClientMessage::Features { round: 0, pictures: vec![(PictureKey(key), features)] }).await?;
+        }
+        let last = Instant::now();
+        match hand.hear().await? {
+            ServerMessage::RequestRefused { id: theirs, fault } if theirs == id => {
+                println!("after {:?}: {fault}", begun.elapsed());
+                anyhow::ensure!(fault.cause.contains("features of 1 pictures") && !fault.remedy.is_empty(), "{fault}");
+            }
+            other => anyhow::bail!("{other:?} instead of a refusal"),
+        }
+        // The last of them has been on its way for a moment.
+        let waited = last.elapsed();
+        anyhow::ensure!(waited > PATIENT.pictures / 2, "it was refused {waited:?} after features came");
+
+        // Its step is given up; the next one is computed.
+        let fault = hand.train(request(None, part(2))).await?.err().context("a step without its middle went on")?;
+        anyhow::ensure!(fault.cause.contains("does not follow"), "{fault}");
+        let reply = hand.train(request(None, Place::ALONE)).await?.map_err(anyhow::Error::msg)?;
+        anyhow::ensure!(reply.loss.is_finite(), "loss {}", reply.loss);
         watched.server.stop().await
     })
 }

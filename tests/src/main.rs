@@ -108,6 +108,7 @@ const INDEX: &[(&str, &[Needs], Test)] = &[
     ("boundary::stale_steps_train_and_end", &[Nothing], boundary::stale_trains),
     ("boundary::auto_chooses_by_shapes", &[Nothing], boundary::auto_by_shapes),
     ("boundary::only_what_is_offered_is_spoken", &[Nothing], boundary::only_what_is_offered),
+    ("boundary::asking_in_every_setting", &[Nothing], boundary::asking_in_every_setting),
     ("boundary::text_goes_as_ids", &[Nothing], boundary::text_goes_as_ids),
     ("boundary::every_form_of_the_token_table_gives_the_same_text", &[Nothing], boundary::every_table_form),
     ("boundary::padding_costs_nothing", &[Nothing], boundary::padding_costs_nothing),
@@ -116,6 +117,7 @@ const INDEX: &[(&str, &[Needs], Test)] = &[
     ("ledger::both_ends_and_the_line_agree", &[Nothing], ledger::both_ends_and_the_line_agree),
     ("ledger::askers_and_the_restless_are_counted", &[Nothing], ledger::askers_and_restless),
     ("ledger::who_leaves_is_counted_to_the_end", &[Nothing], ledger::leavers),
+    ("ledger::who_is_gone_before_its_welcome_is_counted", &[Nothing], ledger::unwelcomed),
     ("ledger::where_nothing_happens_nothing_is_said", &[Nothing], ledger::quiet),
     ("browser::a_tab_counts_as_the_server_does", &[NanoLlava, Chromium], ledger::tab),
     // The same step elsewhere.
@@ -186,6 +188,7 @@ const INDEX: &[(&str, &[Needs], Test)] = &[
     ("life::a_peer_that_goes_silent_counts_as_away", &[NanoLlava], life::silent),
     ("life::a_quiet_peer_that_answers_stays", &[NanoLlava], life::quiet),
     ("life::a_channel_is_not_watched", &[NanoLlava], life::unwatched),
+    ("life::features_that_do_not_come_are_not_waited_for", &[NanoLlava], life::no_pictures),
     ("life::a_silent_server_is_given_up", &[Nothing], life::silent_server),
     // Limits.
     ("limits::split_requests_equal_whole_ones", &[Nothing], limits::split_equals_whole),

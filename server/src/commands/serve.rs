@@ -61,8 +61,8 @@ pub struct ServeFlags {
     /// whoever else is waiting, and whatever was interrupted.
     #[arg(long)]
     pub reproducible: bool,
-    /// Megabytes of participants' picture features that are kept in memory (mode low-rank); what is dropped for want of room is asked
-    /// for again.
+    /// Megabytes of participants' picture features that are kept in memory (mode low-rank), shared fairly; what is dropped for want of
+    /// room is asked for again.
     #[arg(long, value_name = "MB", default_value_t = FEATURE_CACHE >> 20)]
     pub feature_cache: usize,
 }

@@ -12,6 +12,9 @@ use std::sync::Arc;
 /// Connections that only ask, as one participant; the numbers of those who train begin at 1.
 pub(super) const ASKERS: ParticipantId = ParticipantId(0);
 
+/// Whoever reads a ledger from outside is told of so many of the newest rounds.
+const NEWEST: usize = 100;
+
 /// Bytes that were sent under the id of a download since it was asked for last; none: the id is not known (any more).
 pub type Claim = Arc<dyn Fn(&str) -> Option<u64> + Send + Sync>;
 
@@ -39,8 +42,34 @@ pub struct ParticipantLedger {
     pub name: String,
     /// All of its bytes.
     pub total: Traffic,
-    /// The same by round.
+    /// The same by round; empty where only sums were asked for.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub rounds: BTreeMap<u32, Traffic>,
+}
+
+/// What was counted of everybody together.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Sums {
+    /// All of it.
+    pub total: Traffic,
+    /// The newest rounds.
+    pub rounds: BTreeMap<u32, Traffic>,
+}
+
+/// How much of a ledger is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Detail {
+    /// Everything.
+    All,
+    /// The newest rounds, of each participant too.
+    Rounds,
+    /// The newest rounds of everybody together, sums of each participant.
+    Sums,
+}
+
+/// The newest of these, at most so many.
+fn newest(rounds: &BTreeMap<u32, Traffic>, most: usize) -> BTreeMap<u32, Traffic> {
+    rounds.iter().rev().take(most).map(|(round, traffic)| (*round, *traffic)).collect()
 }
 
 /// Bytes of one participant.
@@ -114,26 +143,40 @@ impl Coordinator {
         }
     }
 
-    /// Everything so far.
-    pub(super) fn ledger(&self) -> Ledger {
+    /// What was counted so far.
+    pub(super) fn ledger(&self, detail: Detail) -> Ledger {
+        let most = if detail == Detail::All { usize::MAX } else { NEWEST };
+        let of_each = if detail == Detail::Sums { 0 } else { most };
         let of = |(id, p): (&ParticipantId, &Participant)| ParticipantLedger {
             id: *id,
             name: p.saved.name.clone(),
             total: p.account.total,
-            rounds: p.account.rounds.clone(),
+            rounds: newest(&p.account.rounds, of_each),
         };
-        let accounts = || self.participants.values().map(|p| &p.account).chain([&self.questions]);
-        let mut rounds: BTreeMap<u32, Traffic> = BTreeMap::new();
-        for (round, traffic) in accounts().flat_map(|account| &account.rounds) {
-            rounds.entry(*round).or_default().add(traffic);
-        }
+        let Sums { total, rounds } = self.sums_of(most);
         Ledger {
             federation: self.name.clone(),
-            total: Traffic::sum(accounts().map(|account| &account.total)),
+            total,
             rounds,
             participants: self.participants.iter().map(of).collect(),
-            questions: self.questions.rounds.clone(),
+            questions: newest(&self.questions.rounds, most),
         }
+    }
+
+    /// The same of everybody together.
+    pub(super) fn sums(&self) -> Sums {
+        self.sums_of(NEWEST)
+    }
+
+    fn sums_of(&self, most: usize) -> Sums {
+        let accounts = || self.participants.values().map(|p| &p.account).chain([&self.questions]);
+        let mut rounds: BTreeMap<u32, Traffic> = BTreeMap::new();
+        // Of the newest rounds of all, an account's are among its own newest.
+        for (round, traffic) in accounts().flat_map(|account| account.rounds.iter().rev().take(most)) {
+            rounds.entry(*round).or_default().add(traffic);
+        }
+        let total = Traffic::sum(accounts().map(|account| &account.total));
+        Sums { total, rounds: newest(&rounds, most) }
     }
 
     /// Put on disk what the participants' table shows of everybody; what comes in between is lost with a kill.
@@ -176,6 +219,25 @@ mod tests {
         account.add(&[(3, codes(1, 0)), (4000, codes(1, 0)), (AFTER, codes(1, 1))].into(), 2);
         assert_eq!(account.unsaved(), [(AFTER, codes(3, 1))].into());
         assert_eq!(account.total(), codes(21, 24));
+    }
+
+    #[test]
+    fn of_many_rounds_the_newest_are_told() {
+        let rounds: BTreeMap<u32, Traffic> = (0..300).chain([AFTER]).map(|round| (round, codes(1, 2))).collect();
+        let told = newest(&rounds, NEWEST);
+        assert_eq!((told.len(), told.keys().next(), told.keys().last()), (100, Some(&201), Some(&AFTER)));
+        assert_eq!(newest(&rounds, usize::MAX), rounds);
+        assert!(newest(&rounds, 0).is_empty());
+        // A participant's sums alone are a line without rounds, and are read as such.
+        let sums = ParticipantLedger {
+            id: ParticipantId(1),
+            name: "a".into(),
+            total: codes(1, 2),
+            rounds: newest(&rounds, 0),
+        };
+        let json = serde_json::to_string(&sums).unwrap();
+        assert!(!json.contains("rounds"), "{json}");
+        assert_eq!(serde_json::from_str::<ParticipantLedger>(&json).unwrap(), sums);
     }
 
     #[test]

@@ -24,8 +24,8 @@ use fednano_shared::wire::{
     Fault, FaultCode, Hello, LocalEvaluation, ParticipantId, Phase, Purpose, RoundResult, ServerMessage, SessionToken,
     Status, Update,
 };
-use ledger::Account;
-pub use ledger::{Claim, Ledger, ParticipantLedger};
+use ledger::{Account, Detail};
+pub use ledger::{Claim, Ledger, ParticipantLedger, Sums};
 use members::Participant;
 pub use restore::{Founding, start};
 use round::{Action, Event, Machine, Refusal};
@@ -75,7 +75,8 @@ enum Command {
     Personal(ParticipantId, LocalEvaluation),
     Progress(ParticipantId, u32, (u32, u32), f32),
     Traffic(Option<ParticipantId>, BTreeMap<u32, Traffic>),
-    Ledger(oneshot::Sender<Ledger>),
+    Ledger(Detail, oneshot::Sender<Ledger>),
+    Sums(oneshot::Sender<Sums>),
     Lost(ParticipantId, u64),
     Left(ParticipantId, u64),
     Judged(Box<Judged>),
@@ -133,8 +134,24 @@ impl Federation {
 
     /// All bytes so far, as sessions have handed them over: they do it once a second, and at their end. None: it has ended.
     pub async fn ledger(&self) -> Option<Ledger> {
+        self.ask(|reply| Command::Ledger(Detail::All, reply)).await
+    }
+
+    /// The same for whoever asks from outside: of the newest rounds, and of each participant its sums; those rounds of each too, if it
+    /// is asked for `rounds`.
+    pub async fn recent_ledger(&self, rounds: bool) -> Option<Ledger> {
+        let detail = if rounds { Detail::Rounds } else { Detail::Sums };
+        self.ask(|reply| Command::Ledger(detail, reply)).await
+    }
+
+    /// The same of everybody together: all, and the newest rounds.
+    pub async fn sums(&self) -> Option<Sums> {
+        self.ask(Command::Sums).await
+    }
+
+    async fn ask<R>(&self, command: impl FnOnce(oneshot::Sender<R>) -> Command) -> Option<R> {
         let (reply, answer) = oneshot::channel();
-        self.commands.send(Command::Ledger(reply)).await.ok()?;
+        self.commands.send(command(reply)).await.ok()?;
         answer.await.ok()
     }
 
@@ -243,7 +260,8 @@ impl Coordinator {
                         return;
                     }
                     // Also of a federation that has failed.
-                    Some(Command::Ledger(reply)) => drop(reply.send(self.ledger())),
+                    Some(Command::Ledger(detail, reply)) => drop(reply.send(self.ledger(detail))),
+                    Some(Command::Sums(reply)) => drop(reply.send(self.sums())),
                     // Often, and never written down at once.
                     Some(command @ (Command::Progress(..) | Command::Traffic(..))) => self.handle(command),
                     // The disk may take its time: the runtime's other tasks go on elsewhere.
@@ -353,7 +371,9 @@ impl Coordinator {
                 }
             }
             Command::Judged(judged) => self.judged(*judged)?,
-            Command::Ledger(reply) => drop(reply), // `run` has taken these
+            // `run` has taken these.
+            Command::Ledger(_, reply) => drop(reply),
+            Command::Sums(reply) => drop(reply),
             Command::Stop(reply) => drop(reply),
         }
         Ok(())

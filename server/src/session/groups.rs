@@ -1,7 +1,11 @@
 //! What the requests of an optimiser step have in common: gradients of the `up` matrices, and their squares, are the same tensors for
 //! all of them, so they are added up here and sent once, with the reply that is computed last. The sums are made in the order of the
 //! requests, whatever the order of their answers: float sums depend on it.
+//!
+//! What is kept is bounded, whatever a client sends: a matrix has the federation's rank at most; of all groups but the one that is
+//! arriving a request is under way, of which there are [`IN_FLIGHT`] at most; and a request so many ahead of an unanswered one is refused.
 
+use super::IN_FLIGHT;
 use fednano_shared::boundary::{BoundaryReply, CodesGradient, Gradient, Pair, Place, Want};
 use fednano_shared::plain::TensorBlob;
 use fednano_shared::wire::{Fault, FaultCode};
@@ -15,7 +19,7 @@ pub(super) struct Slot {
 }
 
 /// The groups of a connection that are under way: the one whose requests are arriving, and those whose answers are still being
-/// computed. Each has a request under way, so they are few.
+/// computed.
 #[derive(Default)]
 pub(super) struct Groups {
     last: u64,
@@ -39,7 +43,7 @@ struct Sums {
     added: u16,
     up: Pair<TensorBlob>,
     up_squares: Pair<TensorBlob>,
-    /// Those of later requests that were answered before an earlier one.
+    /// Those of later requests that were answered before an earlier one: fewer than [`IN_FLIGHT`].
     ahead: BTreeMap<u16, (f32, CodesGradient)>,
 }
 
@@ -51,7 +55,8 @@ impl Groups {
     /// A training request has arrived. The first of a group ends one that is not complete: its client has given it up.
     ///
     /// # Errors
-    /// A [`Fault`] for the client: it does not follow the request before. Then the whole group is given up.
+    /// A [`Fault`] for the client: it does not follow the request before, or is too far ahead of one that is not answered. Then the
+    /// whole group is given up.
     pub(super) fn enter(&mut self, place: Place, rank: u32, want: Want) -> Result<Slot, Fault> {
         if let Err(e) = place.check() {
             self.give_up();
@@ -70,6 +75,12 @@ impl Groups {
             let cause = format!("request {} of a step's {} does not follow the one before it", place.index, place.of);
             return Err(fault(FaultCode::OutOfOrder, cause));
         };
+        let first = self.sums.get(&arriving.group).map_or(place.index, |sums| sums.added);
+        if usize::from(place.index.saturating_sub(first)) >= IN_FLIGHT {
+            self.give_up();
+            let cause = format!("request {} of a step came while its request {first} is not answered", place.index);
+            return Err(fault(FaultCode::OutOfOrder, format!("{cause}; {IN_FLIGHT} may be under way")));
+        }
         arriving.next += 1; // at most `of`
         let slot = Slot { group: arriving.group, place };
         if arriving.next == arriving.of {
@@ -202,6 +213,30 @@ mod tests {
         assert_eq!([0, 1, 2, 3].map(whole), [false, true, true, false]);
         assert_ne!(codes(&answers[1]).up, codes(&answers[2]).up);
         assert!(groups.sums.is_empty());
+    }
+
+    #[test]
+    fn little_is_kept_while_a_request_is_not_answered() {
+        let mut groups = Groups::default();
+        let enter = |groups: &mut Groups, index: u16| groups.enter(Place { index, of: 99, share: 0.01 }, 2, WANT);
+        let first = enter(&mut groups, 0).unwrap();
+        // It waits for pictures, say, and the others are answered one by one.
+        for index in 1..IN_FLIGHT as u16 {
+            let slot = enter(&mut groups, index).unwrap();
+            groups.add(&slot, &mut reply(1.0));
+        }
+        let fault = enter(&mut groups, IN_FLIGHT as u16).unwrap_err();
+        assert_eq!(fault.code, FaultCode::OutOfOrder);
+        assert!(fault.cause.contains("request 4 of a step came while its request 0 is not answered"), "{fault}");
+        assert!(groups.sums.is_empty() && groups.arriving.is_none(), "the group goes on after a fault");
+        groups.add(&first, &mut reply(1.0));
+        assert!(groups.sums.is_empty());
+        // However long a group is, nothing is in the way of one that is answered in time.
+        for index in 0..99 {
+            let slot = enter(&mut groups, index).unwrap();
+            groups.add(&slot, &mut reply(1.0));
+        }
+        assert!(groups.sums.is_empty() && groups.arriving.is_none());
     }
 
     #[test]

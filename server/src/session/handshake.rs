@@ -2,7 +2,7 @@
 
 use super::features::Owner;
 use super::requests::Means;
-use super::{Session, Shared, SocketFault, message, new_number, out_of_order};
+use super::{End, Session, Shared, SocketFault, message, new_number, out_of_order};
 use crate::coordinator::only_asks;
 use fednano_shared::ledger::Meter;
 use fednano_shared::settings::FederationSettings;
@@ -86,9 +86,8 @@ where
         }
     };
     if session.send(socket, welcome).await.is_err() {
-        if !shared.shutdown.is_cancelled() {
-            session.abandon().await;
-        }
+        // As any lost connection: what has come over it counts.
+        session.finish(End::Lost, shared).await;
         return Ok(None);
     }
     Ok(Some(session))

@@ -43,21 +43,26 @@ const IN_FLIGHT: usize = 4;
 const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 /// After its goodbye a peer has so long to close its end too.
 const FAREWELL: Duration = Duration::from_secs(2);
+/// Features that were called for come within this time. A frame of them may take that long over a slow line; a peer that sends so
+/// slowly gives no sign of life either.
+const PICTURES: Duration = Duration::from_secs(120);
 /// Bytes are reported, and silent peers looked for, this often (more often where they have less time).
 const TICK: Duration = Duration::from_secs(1);
 
-/// When a silent peer is asked for a sign of life, and when it counts as gone.
+/// When a silent peer is asked for a sign of life, when it counts as gone, and how long it may keep a request waiting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SignsOfLife {
     /// After so long without a word from a side, a sign of life is asked for, or given.
     pub beat: Duration,
     /// A peer that has given signs of life and gives none for so long is gone (a closed lid sends no goodbye).
     pub silence: Duration,
+    /// A request that waits for pictures is refused when for so long no features have come over its connection.
+    pub pictures: Duration,
 }
 
 impl Default for SignsOfLife {
     fn default() -> Self {
-        Self { beat: Duration::from_secs(15), silence: Duration::from_secs(90) }
+        Self { beat: Duration::from_secs(15), silence: Duration::from_secs(90), pictures: PICTURES }
     }
 }
 
@@ -300,8 +305,10 @@ impl Session {
                     // Whoever was held up itself (a slow write, a busy machine) has not listened and gives nobody up.
                     if ticked.elapsed() > signs.beat.saturating_mul(2) {
                         heard = Instant::now();
+                        self.wait_anew();
                     }
                     ticked = Instant::now();
+                    self.give_up_overdue(signs.pictures);
                     if answers && heard.elapsed() > signs.silence {
                         tracing::info!(participant = self.id.map(|id| id.0), "no sign of life, so it counts as away");
                         return End::Lost;
@@ -433,12 +440,6 @@ impl Session {
     async fn end_text(&mut self, shared: &Shared) {
         if let Some(text) = self.text.take() {
             shared.llm.forget(text).await;
-        }
-    }
-
-    async fn abandon(&mut self) {
-        if let Some(id) = self.id {
-            self.federation.lost(id, self.connection).await;
         }
     }
 }

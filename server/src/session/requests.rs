@@ -9,12 +9,14 @@ use crate::text_table::TextTable;
 use fednano_shared::boundary::{BoundaryReply, BoundaryRequest, EvaluationReply, Gradient, Pair};
 use fednano_shared::generate::{GenerateRequest, NextToken, Sampling};
 use fednano_shared::plain::TensorBlob;
+use fednano_shared::settings::{FederationSettings, Strategy};
 use fednano_shared::wire::agreement::{Agreement, BoundaryMode, TableForm};
 use fednano_shared::wire::convert::{Shapes, Sources, check_features, measure_hidden, unpack_hidden};
 use fednano_shared::wire::numbers::{Packed, PictureKey};
 use fednano_shared::wire::{Fault, FaultCode, ServerMessage, WireInput, WireReply, WireRequest};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -100,6 +102,8 @@ pub(super) struct Arrived {
     pub(super) pictures: BTreeMap<PictureKey, Arc<Packed>>,
     /// Those that it waits for.
     pub(super) missing: BTreeSet<PictureKey>,
+    /// When features came last over its connection, or itself.
+    pub(super) since: Instant,
 }
 
 /// What has become of a request.
@@ -197,7 +201,8 @@ impl Session {
                     let pictures = missing.iter().copied().collect();
                     self.outgoing.push_back(ServerMessage::Missing { id, pictures });
                 }
-                self.waiting.push(Arrived { id, round, asked, request, up: self.up.clone(), pictures, missing });
+                let (up, since) = (self.up.clone(), Instant::now());
+                self.waiting.push(Arrived { id, round, asked, request, up, pictures, missing, since });
                 self.go_on(shared);
             }
             Err(fault) => {
@@ -213,7 +218,8 @@ impl Session {
     fn enter(&mut self, trains: bool, round: u32, request: &WireRequest) -> Result<Asked, Fault> {
         let (agreement, shape) = (&self.means.agreement, self.means.shape);
         // First of all: matrices are those last sent, whatever became of the request that brought them.
-        match request.matrices(agreement, shape) {
+        let settings = self.federation.settings();
+        match within_rank(request, settings, trains).and_then(|()| request.matrices(agreement, shape)) {
             Ok(Some(up)) => self.up = Some(Arc::new(up)),
             Ok(None) => {}
             Err(fault) => {
@@ -259,6 +265,7 @@ impl Session {
             self.waiting.iter_mut().for_each(|arrived| arrived.fill(key, &packed));
             shared.features.insert(&self.owner, key, packed);
         }
+        self.wait_anew();
         self.go_on(shared);
         Ok(())
     }
@@ -340,6 +347,27 @@ impl Session {
         None
     }
 
+    /// Those that wait have their whole time again. Any features count: a client sends what its next request needs first, and what
+    /// another one lacks.
+    pub(super) fn wait_anew(&mut self) {
+        let now = Instant::now();
+        self.waiting.iter_mut().for_each(|arrived| arrived.since = now);
+    }
+
+    /// Refuse what has waited for pictures for too long.
+    pub(super) fn give_up_overdue(&mut self, limit: Duration) {
+        for arrived in overdue(&mut self.waiting, limit) {
+            let lacking = arrived.missing.len();
+            let fault = Fault {
+                code: FaultCode::OutOfOrder,
+                cause: format!("features of {lacking} pictures were called for, and none came within {limit:?}"),
+                remedy: "send what is called for with 'Missing'; over a slow line the operator should set a coarser feature_format"
+                    .into(),
+            };
+            self.withdraw(arrived, fault);
+        }
+    }
+
     /// A waiting request will not be computed.
     fn withdraw(&mut self, arrived: Arrived, fault: Fault) {
         match arrived.asked {
@@ -375,6 +403,41 @@ fn complete(waiting: &mut Vec<Arrived>, in_order: bool) -> Vec<Arrived> {
     ready
 }
 
+/// Take out those that lack something and have waited for it for so long.
+fn overdue(waiting: &mut Vec<Arrived>, limit: Duration) -> Vec<Arrived> {
+    let late = |arrived: &Arrived| !arrived.missing.is_empty() && arrived.since.elapsed() >= limit;
+    let (late, rest) = std::mem::take(waiting).into_iter().partition(late);
+    *waiting = rest;
+    late
+}
+
+/// Rank of the largest matrices that a request may have: the federation's, or that of two such adapters side by side, which are judged
+/// at last with FedDPA-F. It bounds what a connection can make the server keep.
+fn most_rank(settings: &FederationSettings, trains: bool) -> usize {
+    let mix = !trains && settings.strategy == Strategy::FedDpaF;
+    settings.rank.saturating_mul(if mix { 2 } else { 1 })
+}
+
+/// Check that the request's matrices are no larger than that.
+///
+/// # Errors
+/// A [`Fault`] for the client.
+fn within_rank(request: &WireRequest, settings: &FederationSettings, trains: bool) -> Result<(), Fault> {
+    let rank = match &request.input {
+        WireInput::Hidden(_) => 0,
+        WireInput::Codes { rank, .. } => usize::try_from(*rank).unwrap_or(usize::MAX),
+    };
+    let most = most_rank(settings, trains);
+    if rank <= most {
+        return Ok(());
+    }
+    Err(Fault {
+        code: FaultCode::Invalid,
+        cause: format!("the request's adapters have rank {rank}, this federation takes {most} at most"),
+        remedy: "use adapters of the federation's rank or a lower one; the operator sets it with `rank`".into(),
+    })
+}
+
 /// About the bytes of a reply's own tensors, unpacked; the sums of its group are smaller.
 fn size(reply: &BoundaryReply) -> usize {
     let values = match &reply.gradient {
@@ -390,7 +453,7 @@ mod tests {
     use crate::session::features::{FeatureStore, Owner};
     use fednano_shared::boundary::{Place, Want};
     use fednano_shared::settings::Format;
-    use std::time::Duration;
+    use fednano_shared::wire::{Matrices, SessionToken};
     use tokio::time::timeout;
 
     fn block<F: Future>(future: F) -> F::Output {
@@ -423,7 +486,7 @@ mod tests {
             WireRequest { input, lengths: Vec::new(), targets: Vec::new(), want: Want::Gradient, place: Place::ALONE };
         let (asked, pictures) = (Asked::Judgement, BTreeMap::new());
         let missing = keys.iter().copied().collect();
-        Arrived { id, round: 1, asked, request, up: None, pictures, missing }
+        Arrived { id, round: 1, asked, request, up: None, pictures, missing, since: Instant::now() }
     }
 
     #[test]
@@ -441,7 +504,7 @@ mod tests {
 
     #[test]
     fn a_request_holds_what_comes_for_it() {
-        let (store, owner) = (FeatureStore::new(1000), Owner::Connection(1));
+        let (store, owner) = (FeatureStore::new(1000), Owner::Participant(SessionToken("a".into())));
         let keys = [1, 2, 3].map(PictureKey);
         let mut arrived = lacking(1, &keys[..2]);
         for (fill, key) in (1..).zip(keys) {
@@ -456,6 +519,44 @@ mod tests {
         // What comes again later is not mixed in.
         arrived.fill(keys[0], &packed(9));
         assert_eq!(arrived.pictures.get(&keys[0]), Some(&packed(1)));
+    }
+
+    #[test]
+    fn nothing_waits_for_ever() {
+        let ids = |all: &[Arrived]| all.iter().map(|arrived| arrived.id).collect::<Vec<u64>>();
+        let mut waiting = vec![lacking(1, &[PictureKey(7)]), lacking(2, &[]), lacking(3, &[PictureKey(8)])];
+        assert!(overdue(&mut waiting, Duration::from_secs(3600)).is_empty());
+        assert_eq!(ids(&waiting), [1, 2, 3]);
+        // What lacks nothing is not late: it stands behind another one. Nor is what waits anew.
+        std::thread::sleep(Duration::from_millis(20));
+        waiting[2].since = Instant::now() + Duration::from_secs(3600);
+        assert_eq!(ids(&overdue(&mut waiting, Duration::from_millis(10))), [1]);
+        assert_eq!(ids(&waiting), [2, 3]);
+    }
+
+    #[test]
+    fn adapters_are_no_larger_than_the_federations() {
+        let of = |rank: u32| {
+            let codes = Pair { image: None, text: None };
+            let input = WireInput::Codes { rows: Vec::new(), rank, codes, up: Matrices::Same };
+            WireRequest { input, ..lacking(1, &[]).request }
+        };
+        let plain = FederationSettings { rank: 4, ..Default::default() };
+        let personal = FederationSettings { strategy: Strategy::FedDpaF, ..plain.clone() };
+        for (settings, trains, most) in
+            [(&plain, true, 4), (&plain, false, 4), (&personal, true, 4), (&personal, false, 8)]
+        {
+            for rank in [0, 1, most] {
+                assert_eq!(within_rank(&of(rank), settings, trains), Ok(()));
+            }
+            for rank in [most + 1, u32::MAX] {
+                let fault = within_rank(&of(rank), settings, trains).unwrap_err();
+                assert_eq!(fault.code, FaultCode::Invalid);
+                assert!(fault.cause.contains(&format!("rank {rank}, this federation takes {most}")), "{fault}");
+                assert!(!fault.remedy.is_empty());
+            }
+        }
+        assert_eq!(within_rank(&lacking(1, &[]).request, &plain, true), Ok(()));
     }
 
     #[test]

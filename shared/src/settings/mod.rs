@@ -106,7 +106,8 @@ pub struct FederationSettings {
     pub boundary: BoundaryChoice,
     /// Number format of picture features, sent once (`low-rank`); always to the nearest.
     pub feature_format: Format,
-    /// Number format of what goes up at each position: hidden states (`activations`) or codes (`low-rank`).
+    /// Number format of what goes up at each position: hidden states (`activations`) or codes (`low-rank`). A text that the model
+    /// goes on with is sent in it too, in `f16` instead of `int8`.
     pub code_format: Format,
     /// Number format of their gradients, downward.
     pub gradient_format: Format,

@@ -110,7 +110,7 @@ pub struct Agreement {
     pub mode: BoundaryMode,
     /// Features of pictures, upward, once; always to the nearest. The client trains on what it sent.
     pub features: Format,
-    /// Hidden states or codes, upward.
+    /// Hidden states or codes of a batch, upward.
     pub codes: Format,
     /// Their gradients, downward.
     pub gradients: Format,
@@ -169,6 +169,8 @@ impl Agreement {
             (agreement.codes, "code_format"),
             (agreement.gradients, "gradient_format"),
             (agreement.matrices, "matrix_format"),
+            (agreement.embeddings(), "code_format"),
+            (agreement.squares(), "matrix_format"),
         ] {
             let remedy = format!("use a client of the server's version, or let the operator set {key} to f32");
             offered(&offer.formats, format, "numbers are sent as", "formats", &remedy)?;
@@ -189,12 +191,18 @@ impl Agreement {
 
     /// Format of sums of squares: they span too much for one scale a row.
     pub fn squares(&self) -> Format {
-        squares_of(self.matrices)
+        never_int8(self.matrices)
+    }
+
+    /// Format of the embeddings of a text that the model writes. They are hidden states, whatever was trained with: in mode `low-rank`
+    /// no training has seen any in 8 bits.
+    pub fn embeddings(&self) -> Format {
+        never_int8(self.codes)
     }
 }
 
-fn squares_of(matrices: Format) -> Format {
-    if matrices == Format::F32 { Format::F32 } else { Format::F16 }
+fn never_int8(format: Format) -> Format {
+    if format == Format::F32 { Format::F32 } else { Format::F16 }
 }
 
 fn choose_mode(settings: &FederationSettings, offer: &Offer, dim: usize) -> Result<BoundaryMode, Fault> {
@@ -227,8 +235,8 @@ fn offered<T: PartialEq + Display>(offer: &[T], wanted: T, here: &str, what: &st
 }
 
 /// Bytes over the boundary in each mode, for one participant over a whole federation; from shapes alone, before deflating, without
-/// what both modes share (targets, replies to evaluations, adapters, frames), without a personal round after the last, and as if `up`
-/// matrices that are drawn by lot in training served for evaluations too.
+/// what both modes share (targets, replies to evaluations, adapters, texts that the model writes, frames), without a personal round
+/// after the last, and as if `up` matrices that are drawn by lot in training served for evaluations too.
 ///
 /// With `n` samples of `P` positions on average, of which `C` have an adapter and `W` are text; `D` the width, `R` the rank, `A` adapters;
 /// `r` rounds in which the participant trains; in each of them `k` samples in `s` steps, `f` samples in the Fisher pass in `q` groups
@@ -287,7 +295,7 @@ impl Estimate {
                 rows(of(both, coded), s.gradient_format, rank),
                 matrices(steps + u64::from(fisher + evaluated > 0), s.matrix_format),
                 matrices(steps, s.matrix_format),
-                matrices(squares, squares_of(s.matrix_format)),
+                matrices(squares, never_int8(s.matrix_format)),
             ]),
         }
     }

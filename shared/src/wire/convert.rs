@@ -22,6 +22,8 @@ use std::sync::Arc;
 pub const MAX_VALUES: usize = 1 << 27;
 /// Values that one `up` matrix may have: 64 MiB in f32.
 pub const MAX_MATRIX: usize = 1 << 24;
+/// Matrices `[D, R]` that a request takes: `up` of two adapters, their gradients, squares of these.
+const MATRICES: usize = 6;
 /// More than the head of any packed tensor.
 const HEAD: usize = 64;
 
@@ -205,12 +207,12 @@ impl WireReply {
     }
 }
 
-/// Embeddings of a text to be gone on with, in the form agreed.
+/// Embeddings of a text to be gone on with, in the form agreed ([`Agreement::embeddings`]).
 ///
 /// # Errors
 /// [`NumbersError`].
 pub fn pack_hidden(hidden: &TensorBlob, agreement: &Agreement, seed: u64) -> Result<Packed, NumbersError> {
-    Packer::new(agreement, seed).pack("embeddings", hidden, agreement.codes)
+    Packer::new(agreement, seed).pack("embeddings", hidden, agreement.embeddings())
 }
 
 // ---------------------------------------------------------------------------------------------- unpacking
@@ -294,7 +296,8 @@ pub fn measure_hidden(positions: u32, dim: usize) -> Result<usize, Fault> {
 /// A [`Fault`] for the client.
 pub fn unpack_hidden(packed: &Packed, positions: u32, agreement: &Agreement, dim: usize) -> Result<TensorBlob, Fault> {
     let positions = usize::try_from(positions).unwrap_or(usize::MAX);
-    let hidden = unpack(packed, "embeddings", [positions, dim], agreement.codes, agreement).map_err(unusable)?;
+    let shape = [positions, dim];
+    let hidden = unpack(packed, "embeddings", shape, agreement.embeddings(), agreement).map_err(unusable)?;
     Ok(TensorBlob { shape: vec![1, positions, dim], data: hidden.data })
 }
 
@@ -322,8 +325,8 @@ impl WireRequest {
         Err(unusable(format!("a request in the mode '{found}', agreed was '{}'", agreement.mode)))
     }
 
-    /// Values that it has when it is unpacked, within what a server takes at once; pictures lie within their rows, and its lists are
-    /// no longer than its positions.
+    /// Values that it has when it is unpacked, with its matrices and what comes of them, within what a server takes at once; pictures
+    /// lie within their rows, and its lists are no longer than its positions.
     ///
     /// # Errors
     /// A [`Fault`] for the client: it is too large, or its rows contradict each other.
@@ -360,7 +363,7 @@ impl WireRequest {
         if let WireInput::Codes { rows, .. } = &self.input {
             images(rows, &self.lengths, shapes).map_err(unusable)?;
         }
-        Ok(features.saturating_add(codes))
+        Ok(features.saturating_add(codes).saturating_add(matrix.saturating_mul(MATRICES)))
     }
 
     /// The `up` matrices that it brings; none: those last sent, or none at all.

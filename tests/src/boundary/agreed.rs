@@ -1,15 +1,19 @@
 //! What is agreed on at the handshake.
 
-use super::{mixed, run, settings, words_only};
+use super::{Scene, mixed, run, settings, words_only};
 use anyhow::{Context, ensure};
+use burn::tensor::Device;
 use fednano_server::native::SocketConnector;
 use fednano_shared::client::{Connector, Transport};
 use fednano_shared::data::scene::DemoTheme;
-use fednano_shared::probe::shard;
-use fednano_shared::settings::{BoundaryChoice, FederationSettings, Format, Strategy};
+use fednano_shared::generate::{AnswerOptions, Sampling, answer};
+use fednano_shared::model::adapter::NanoAdapters;
+use fednano_shared::probe::{self, shard};
+use fednano_shared::settings::{BoundaryChoice, FederationSettings, Format, Rounding, Strategy};
+use fednano_shared::step::{self, InProcess};
 use fednano_shared::wire::agreement::{Agreement, BoundaryMode, Offer};
 use fednano_shared::wire::{self, ClientMessage, Fault, FaultCode, Hello, Purpose, ServerMessage};
-use fednano_tests::{LIMIT, MODES, Server, block, fixture, hello, offer};
+use fednano_tests::{LIMIT, MODES, Server, asking, block, fixture, halves, hello, offer};
 use tokio_util::sync::CancellationToken;
 
 /// What a server says to an offer.
@@ -117,4 +121,56 @@ async fn refused(server: &Server, offer: Offer, words: &[&str]) -> anyhow::Resul
     ensure!(fault.code == FaultCode::Invalid && !fault.remedy.is_empty(), "{fault:?}");
     ensure!(words.iter().all(|w| fault.cause.contains(w)), "{words:?} are not in: {fault}");
     Ok(())
+}
+
+/// How far off the exact loss a step may be in a format.
+const OFF: [(Format, f32); 3] = [(Format::F32, 1e-4), (Format::F16, 0.02), (Format::Int8, 0.25)];
+
+/// Whoever only asks is served whatever is spoken: steps, judgements, which come out the same each time, and texts.
+pub fn asking_in_every_setting() -> anyhow::Result<()> {
+    block(LIMIT, async {
+        let h = halves(&fixture(), &Device::flex())?;
+        for (boundary, mode) in MODES {
+            for (format, limit) in OFF {
+                let spoken = FederationSettings {
+                    rank: probe::RANK,
+                    feature_format: format,
+                    code_format: format,
+                    gradient_format: format,
+                    matrix_format: format,
+                    rounding: Rounding::Stochastic,
+                    compress: true,
+                    ..settings(boundary)
+                };
+                let scene = Scene::open(&mixed(), spoken).await?;
+                let exact = probe::run(&scene.edge, &mut InProcess::new(&h.llm, mode), &h.device).await?;
+                let offer = Offer { table: scene.edge.table_form(), ..Offer::default() };
+                let mut asker = asking(&scene.server.socket, offer).await?;
+                ensure!(asker.agreement().mode == mode, "{:?} was agreed on", asker.agreement());
+                let asked = probe::run(&scene.edge, &mut asker, &h.device).await?;
+                let off = (asked.loss - exact.loss).abs();
+                println!("{mode}, {format}: the loss is {off} off");
+                ensure!(off <= limit, "{mode}, {format}: the loss is {off} off, the limit is {limit}");
+
+                let width = scene.edge.config.text.hidden;
+                let cache = scene.cache.in_format(asker.agreement().features, width)?;
+                let adapters = NanoAdapters::from_state(&probe::adapters(4, width), &h.device);
+                let rows: Vec<usize> = (0..cache.samples.len()).collect();
+                let mut judged = Vec::new();
+                for _ in 0..2 {
+                    let one = step::evaluate(&scene.edge, Some(&adapters), &cache, &rows, 4, &mut asker, &h.device);
+                    judged.push(one.await?);
+                }
+                ensure!(judged[0] == judged[1], "{mode}, {format}: judged twice, {judged:?}");
+
+                let prompt = scene.edge.text.encode_text("what is it?", None)?;
+                let options = AnswerOptions { max_tokens: 3, sampling: Sampling::GREEDY };
+                let said =
+                    answer(&scene.edge, Some(&adapters), (&prompt, &[]), options, &mut asker, &h.device, |_| true);
+                println!("{mode}, {format}: {:?}", said.await?);
+                scene.server.stop().await?;
+            }
+        }
+        Ok(())
+    })
 }

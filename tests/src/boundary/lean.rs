@@ -55,7 +55,7 @@ pub fn every_table_form() -> anyhow::Result<()> {
         let h = halves(&fixture(), &Device::flex())?;
         let mut others = 0;
         for dtype in [EdgeDtype::F16, EdgeDtype::Int8, EdgeDtype::Int4] {
-            let low_rank = settings(BoundaryChoice::LowRank);
+            let low_rank = FederationSettings { rank: probe::RANK, ..settings(BoundaryChoice::LowRank) };
             let scene = Scene::with(&mixed(), low_rank, |server| server.edge_dtype = dtype).await?;
             let offer = Offer::of(&scene.cache, &scene.edge);
             let mut in_process = InProcess::new(&h.llm, BoundaryMode::LowRank);

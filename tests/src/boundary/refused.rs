@@ -111,6 +111,13 @@ fn with(change: impl FnOnce(&mut u32, &mut Pair<Packed>, &mut Matrices)) -> Wire
     request
 }
 
+/// Sound numbers of rank 5.
+fn five() -> (u32, Pair<Packed>, Matrices) {
+    let zeros = || Some(exact(&[0.0; DIM * 5]));
+    let codes = Pair { image: Some(exact(&[])), text: Some(exact(&numbers(5 * 5))) };
+    (5, codes, Matrices::Sent(Pair { image: zeros(), text: zeros() }))
+}
+
 async fn short_requests() -> anyhow::Result<()> {
     let scene = Scene::open(&mixed(), settings(BoundaryChoice::LowRank)).await?;
     let mut hand = Hand::open(&scene.server.socket, offer(3)).await?;
@@ -134,7 +141,8 @@ async fn short_requests() -> anyhow::Result<()> {
         ("a row too many", rows(short(), |rows| rows.push(rows[0].clone())), "2 rows"),
         ("a picture beyond the row", rows(short(), |rows| rows[0].picture = Some((PictureKey(1), 4))), "picture"),
         ("rank 0", with(|rank, _, _| *rank = 0), ""),
-        ("a vast rank", with(|rank, _, _| *rank = u32::MAX), ""),
+        ("a vast rank", with(|rank, _, _| *rank = u32::MAX), "rank 4294967295"),
+        ("a rank above the federation's", with(|rank, codes, up| (*rank, *codes, *up) = five()), "takes 4 at most"),
         ("codes of another number", with(|_, codes, _| codes.text = Some(exact(&numbers(14)))), "codes"),
         (
             "a matrix of another shape",

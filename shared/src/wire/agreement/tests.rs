@@ -150,6 +150,14 @@ fn what_is_not_offered_is_refused_with_a_remedy() {
     assert!(words.contains("'low-rank'") && words.contains("modes activations") && words.contains("'auto'"), "{words}");
     let words = fault(&settings, &Offer { formats: vec![Format::F32, Format::Int8], ..offer.clone() });
     assert!(words.contains("'f16'") && words.contains("f32, int8") && words.contains("feature_format"), "{words}");
+    // What goes in f16 where 8 bits are too few.
+    let exact = FederationSettings { feature_format: Format::F32, gradient_format: Format::F32, ..settings.clone() };
+    let (plain, eight) = (Format::F32, Format::Int8);
+    for (key, code_format, matrix_format) in [("code_format", eight, plain), ("matrix_format", plain, eight)] {
+        let coarse = FederationSettings { code_format, matrix_format, ..exact.clone() };
+        let words = fault(&coarse, &Offer { formats: vec![Format::F32, Format::Int8], ..offer.clone() });
+        assert!(words.contains("'f16'") && words.contains(key), "{words}");
+    }
     let words = fault(&settings, &Offer { labels: Vec::new(), ..offer.clone() });
     assert!(words.contains("'server'") && words.contains("offers no labels"), "{words}");
     let words = fault(&settings, &Offer { modes: Vec::new(), ..offer.clone() });
@@ -205,5 +213,13 @@ fn coders_are_as_agreed() {
     assert_eq!(judged.coder(judged.codes, 7), Coder { rounding: Rounding::Nearest, ..codes });
     assert_eq!(judged, Agreement { rounding: Rounding::Nearest, ..agreement });
     assert_eq!(Agreement::PLAIN.coder(Format::F32, 0), Coder::EXACT);
-    assert_eq!(agreement.squares(), Format::F32);
+    assert_eq!((agreement.squares(), agreement.embeddings()), (Format::F32, Format::F16));
+}
+
+#[test]
+fn squares_and_embeddings_are_never_in_eight_bits() {
+    for (format, coarsest) in [(Format::F32, Format::F32), (Format::F16, Format::F16), (Format::Int8, Format::F16)] {
+        let agreement = Agreement { codes: format, matrices: format, ..Agreement::PLAIN };
+        assert_eq!((agreement.squares(), agreement.embeddings()), (coarsest, coarsest));
+    }
 }

@@ -309,6 +309,32 @@ fn embeddings_of_a_text_come_back() {
 }
 
 #[test]
+fn answers_are_never_computed_from_eight_bits() {
+    let blob = values(4, DIM, 17);
+    for (format, expected, limit) in
+        [(Format::F32, Format::F32, 0.0), (Format::F16, Format::F16, 1e-3), (Format::Int8, Format::F16, 1e-3)]
+    {
+        for agreement in [low_rank(format), Agreement { codes: format, ..Agreement::PLAIN }] {
+            let packed = pack_hidden(&blob, &agreement, 1).unwrap();
+            assert_eq!(packed.format, expected);
+            let back = unpack_hidden(&packed, 4, &agreement, DIM).unwrap();
+            close(&TensorBlob { shape: blob.shape.clone(), data: back.data }, &blob, limit);
+            // Nor are they taken so from a client that has them in 8 bits.
+            let coarse = Coder { format: Format::Int8, ..Coder::EXACT }.pack("embeddings", &blob.data, DIM).unwrap();
+            let fault = unpack_hidden(&coarse, 4, &agreement, DIM).unwrap_err();
+            assert!(fault.cause.contains(&format!("comes in int8, agreed was {expected}")), "{fault}");
+        }
+    }
+}
+
+#[test]
+fn matrices_count_with_what_comes_of_them() {
+    let Sample { request, rows, .. } = sample(Format::F32);
+    let wire = pack(&request, &rows, &low_rank(Format::F32));
+    assert_eq!(wire.measure(SHAPES), Ok(10 * DIM + 10 * RANK + 6 * DIM * RANK));
+}
+
+#[test]
 fn lists_are_no_longer_than_positions() {
     let wire = || pack(&hidden(), &[], &Agreement::PLAIN);
     assert_eq!(wire().measure(SHAPES), Ok(10 * DIM));
