@@ -338,15 +338,21 @@ pub fn stop_during_evaluation() -> anyhow::Result<()> {
         let rounds = saved.history.len() - 1;
         anyhow::ensure!(saved.updates.len() + rounds == 1, "{} updates, {rounds} rounds", saved.updates.len());
         let server = Server::start(by_hand(2, 1), folder.path()).await?;
-        let federation = server.app.federation("test").context("no federation")?;
-        while federation.status().history.len() < 2 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        let status = federation.status();
-        anyhow::ensure!(status.history[1].participants == [ParticipantId(1)], "{:?}", status.history[1]);
-        anyhow::ensure!(all(&federation.adapter(), 0.01), "the merge is another one");
+        merged_from_the_first(&server).await?;
         server.stop().await
     })
+}
+
+/// Round 1 is merged from participant 1's update alone, which put 0.01 everywhere.
+async fn merged_from_the_first(server: &Server) -> anyhow::Result<Status> {
+    let federation = server.app.federation("test").context("no federation")?;
+    while federation.status().history.len() < 2 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let status = federation.status();
+    anyhow::ensure!(status.history[1].participants == [ParticipantId(1)], "{:?}", status.history[1]);
+    anyhow::ensure!(all(&federation.adapter(), 0.01), "the merge is another one");
+    Ok(status)
 }
 
 /// A round is closed with one update of two, and then nothing can be judged any more: the server stops, the update is not used up,
@@ -381,13 +387,7 @@ pub fn nothing_to_judge_a_merge() -> anyhow::Result<()> {
         anyhow::ensure!(kept.metrics.contains_key(&ParticipantId(1)), "the bytes of the first run are forgotten");
 
         let server = Server::start(settings, folder.path()).await?;
-        let federation = server.app.federation("test").context("no federation")?;
-        while federation.status().history.len() < 2 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        let status = federation.status();
-        anyhow::ensure!(status.history[1].participants == [ParticipantId(1)], "{:?}", status.history[1]);
-        anyhow::ensure!(all(&federation.adapter(), 0.01), "the merge is another one");
+        let status = merged_from_the_first(&server).await?;
         anyhow::ensure!(status.participants[0].traffic.up.adapters > 0, "{:?}", status.participants[0]);
         server.stop().await
     })

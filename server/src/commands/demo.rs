@@ -16,7 +16,7 @@ use fednano_shared::data::scene::DemoTheme;
 use fednano_shared::ledger::{self, Traffic};
 use fednano_shared::probe::shard;
 use fednano_shared::settings::FederationSettings;
-use fednano_shared::wire::{ClientKind, ParticipantId, Status};
+use fednano_shared::wire::{ClientKind, ParticipantId, Phase, Status};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -132,9 +132,15 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
             served = app.serve(listener) => served,
             () = async {
                 let status = federation.finished().await;
-                println!("\nall rounds are done: held-out accuracy {}", accuracies(&status));
-                println!("\nof all participants together, as counted here:\n{}", table(&all_gone(&federation).await));
-                println!("the page stays open for questions until Ctrl-C");
+                // Ctrl-C ends it too.
+                if status.phase == Phase::Finished {
+                    println!("\nall rounds are done: held-out accuracy {}", accuracies(&status));
+                    println!(
+                        "\nof all participants together, as counted here:\n{}",
+                        table(&all_gone(&federation).await)
+                    );
+                    println!("the page stays open for questions until Ctrl-C");
+                }
                 std::future::pending::<()>().await;
             } => Ok(()),
         };
@@ -351,7 +357,7 @@ pub fn chromium() -> anyhow::Result<PathBuf> {
 mod tests {
     use super::*;
     use fednano_shared::step::Evaluation;
-    use fednano_shared::wire::{Phase, RoundResult};
+    use fednano_shared::wire::RoundResult;
 
     fn status(evaluations: [(f64, usize); 2]) -> Status {
         let result = |(round, (accuracy, samples))| RoundResult {

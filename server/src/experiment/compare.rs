@@ -172,8 +172,9 @@ fn of_round(round: u32, runs: &[&[Contribution]]) -> Option<Weights> {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use super::super::figures::{Bytes, Figures, MergedRound, Tested};
+    use super::super::figures::{Figures, MergedRound, Tested};
     use super::super::grid::{Cell, Size, cells};
+    use super::super::records;
     use super::*;
     use fednano_shared::step::Evaluation;
 
@@ -181,18 +182,10 @@ pub(super) mod tests {
     pub(crate) fn record(seed: u64, accuracy: f64, merges: Vec<MergedRound>) -> Record {
         let together = Evaluation { accuracy, loss: 1.0, samples: 100 };
         let tested = Tested { together, tasks: BTreeMap::new() };
-        let figures = Figures {
-            baselines: (0.1, 0.2),
-            zero_shot: tested.clone(),
-            rounds: Vec::new(),
-            global: tested,
-            own: None,
-            clients: Vec::new(),
-            bytes: Bytes::default(),
-            merges,
-        };
-        let text = String::new;
-        Record { key: text(), cell: text(), name: text(), seed, figures, seconds: 1.0, device: text() }
+        let mut record = records::tests::record("", "", seed);
+        let baselines = (0.1, 0.2);
+        record.figures = Figures { baselines, zero_shot: tested.clone(), global: tested, merges, ..record.figures };
+        record
     }
 
     /// A cell of the quick grid.

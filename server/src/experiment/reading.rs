@@ -128,12 +128,15 @@ fn causes(filled: &[Filled<'_>]) -> String {
             r(w.with_samples.1)
         );
     }
+    let updates = || weights.iter().map(|w| w.updates);
+    let updates = match (updates().min().unwrap_or(0), updates().max().unwrap_or(0)) {
+        (fewest, most) if fewest == most => most.to_string(),
+        (fewest, most) => format!("{fewest} to {most}"),
+    };
     let _ = writeln!(
         text,
-        "\nThe last two columns are correlations over {} to {} updates a round: of the logarithm of a client's share over its share of the \
-         samples, with its training loss less the round's mean, and with the logarithm of its samples.\n",
-        weights.iter().map(|w| w.updates).min().unwrap_or(0),
-        weights.iter().map(|w| w.updates).max().unwrap_or(0)
+        "\nThe last two columns are correlations over {updates} updates a round: of the logarithm of a client's share over its share of the \
+         samples, with its training loss less the round's mean, and with the logarithm of its samples.\n"
     );
     if first.round != last.round {
         let times = last.down_mass / first.down_mass;

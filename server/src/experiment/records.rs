@@ -143,14 +143,15 @@ impl Records {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::super::figures::{Bytes, Tested};
     use super::super::grid::{Size, cells};
     use super::*;
     use crate::store::TemporaryFolder;
     use fednano_shared::settings::{BoundaryChoice, Format, Overlap};
 
-    fn record(key: &str, cell: &str, seed: u64) -> Record {
+    /// A run of which nothing is known.
+    pub(crate) fn record(key: &str, cell: &str, seed: u64) -> Record {
         let tested = Tested::of(BTreeMap::new());
         let figures = Figures {
             baselines: (0.0, 0.0),
