@@ -175,12 +175,13 @@ impl App {
             tokio::time::sleep(DOWNLOADS).await;
         };
         let result = tokio::select! {
+            biased; // a failure is told, whatever else ended in the same moment
+            failure = self.failed() => Err(failure),
             served = serving => served.map_err(anyhow::Error::from),
             () = patience => {
                 tracing::warn!("some downloads did not end in time");
                 Ok(())
             }
-            failure = self.failed() => Err(failure),
         };
         shutdown.cancel(); // sessions end, whatever ended the serving
         self.site.sessions.close();

@@ -109,6 +109,8 @@ pub fn easy_vqa() -> Option<PathBuf> {
 pub fn block<F: Future<Output = anyhow::Result<()>>>(limit: Duration, test: F) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let local = tokio::task::LocalSet::new();
+    // Tests hold several participants in one future: hundreds of kilobytes, which are not to be moved about a thread's stack.
+    let test = Box::pin(test);
     let result = runtime.block_on(local.run_until(async { tokio::time::timeout(limit, test).await }));
     runtime.shutdown_background();
     result.unwrap_or_else(|_| anyhow::bail!("not finished within {} s", limit.as_secs()))

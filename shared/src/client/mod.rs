@@ -287,7 +287,8 @@ pub async fn participate<C: Connector, K: Clock, S: Keeper, O: Observer>(
     }
     let mut desk = Desk::new(clock, keeper, me.keep_every, me.cache);
     let mut lasting = Lasting::default();
-    let result = connect_again_and_again(&mut me, connector, clock, &mut desk, observer, &mut lasting).await;
+    // Boxed: a whole training lies in it, tens of kilobytes that callers would move about.
+    let result = Box::pin(connect_again_and_again(&mut me, connector, clock, &mut desk, observer, &mut lasting)).await;
     observer.event(ClientEvent::Traffic { rounds: lasting.rounds() });
     result
 }
