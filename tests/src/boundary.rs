@@ -90,7 +90,7 @@ pub(crate) fn settings(boundary: BoundaryChoice) -> FederationSettings {
         micro_batch: 4,
         learning_rate: 0.01,
         fisher_samples: 0,
-        ..Default::default()
+        ..FederationSettings::exact()
     }
 }
 

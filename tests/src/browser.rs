@@ -118,7 +118,8 @@ async fn probe(device: &str, flags: &[&str]) -> anyhow::Result<()> {
     for (boundary, mode) in fednano_tests::MODES {
         println!("{mode}");
         let folder = tempfile::tempdir()?;
-        let server = Server::start(FederationSettings { boundary, ..Default::default() }, folder.path()).await?;
+        let server =
+            Server::start(FederationSettings { boundary, ..FederationSettings::exact() }, folder.path()).await?;
         let text = browser.result(&format!("{}/probe.html?federation=test&device={device}", server.base)).await?;
         let got: ProbeResult = serde_json::from_str(&text)?;
         crate::devices::compare(&got, &crate::devices::native(mode).await?)?;

@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 async fn server() -> anyhow::Result<(Server, tempfile::TempDir)> {
     let folder = tempfile::tempdir()?;
-    let settings = FederationSettings { min_participants: 1, rounds: 2, ..Default::default() };
+    let settings = FederationSettings { min_participants: 1, rounds: 2, ..FederationSettings::exact() };
     Ok((Server::start(settings, folder.path()).await?, folder))
 }
 

@@ -53,9 +53,10 @@ pub fn two_native_clients() -> anyhow::Result<()> {
             "{} results, expected zero-shot and two rounds",
             status.history.len()
         );
-        let (before, after) = (status.history[0].held_out.accuracy, status.history[2].held_out.accuracy);
-        println!("held-out accuracy {before:.3} -> {after:.3}");
-        anyhow::ensure!(after > before + 0.05, "accuracy did not rise: {before} -> {after}");
+        // So few steps show in the loss; accuracy wavers by a few of the 90 questions.
+        let (before, after) = (status.history[0].held_out, status.history[2].held_out);
+        println!("held out {before:?} -> {after:?}");
+        anyhow::ensure!(after.loss < 0.75 * before.loss, "it did not learn: {before:?} -> {after:?}");
         for r in &status.history[1..] {
             anyhow::ensure!(r.participants.len() == 2, "round {} merged {:?}", r.round, r.participants);
         }
@@ -122,8 +123,7 @@ pub fn restart() -> anyhow::Result<()> {
         });
         let restarted = restarted?;
         anyhow::ensure!(matches!(outcome?, Outcome::Finished { .. }), "the client did not finish");
-        let status = restarted.app.federation("test").map(|f| f.status());
-        let status = status.ok_or_else(|| anyhow::anyhow!("no federation"))?;
+        let status = restarted.app.federation("test").context("no federation")?.finished().await;
         anyhow::ensure!(status.phase == Phase::Finished && status.history.len() == 4, "{status:?}");
         anyhow::ensure!(status.participants.len() == 1, "it came back as somebody else: {:?}", status.participants);
         anyhow::ensure!(

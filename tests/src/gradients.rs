@@ -498,7 +498,8 @@ pub fn over_the_wire() -> anyhow::Result<()> {
         let cache = h.edge.encode(&probe::samples(), |_, _| {}).await?;
         for (boundary, mode) in MODES {
             let folder = tempfile::tempdir()?;
-            let server = Server::start(FederationSettings { boundary, ..Default::default() }, folder.path()).await?;
+            let server =
+                Server::start(FederationSettings { boundary, ..FederationSettings::exact() }, folder.path()).await?;
             // With the token table as the model has it, and as clients get it.
             let bundled = &server.app.held_out.edge;
             for (what, edge) in [("the model's own table", &h.edge), ("the bundle's table", &**bundled)] {

@@ -51,7 +51,7 @@ impl Watched {
     async fn start(signs: SignsOfLife) -> anyhow::Result<Self> {
         let folder = tempfile::tempdir()?;
         // Nobody trains: for two too few are there.
-        let settings = FederationSettings { min_participants: 2, ..Default::default() };
+        let settings = FederationSettings { min_participants: 2, ..FederationSettings::exact() };
         let server = Server::start_model(&nano_llava(), settings, folder.path()).await?;
         let files = ModelFiles::open(&nano_llava())?;
         let bundle = edge_bundle::prepare(&nano_llava(), &files, EdgeDtype::F16, folder.path(), |_, _| {})?;

@@ -91,7 +91,7 @@ fn sgd() -> FederationSettings {
 }
 
 fn settings() -> FederationSettings {
-    FederationSettings { rank: RANK, batch_size: 4, ..Default::default() }
+    FederationSettings { rank: RANK, batch_size: 4, ..FederationSettings::exact() }
 }
 
 fn rules(rate: f64) -> StepRules<'static> {

@@ -2,9 +2,7 @@
 
 use super::config::{Simulation, Task};
 use super::merges::Rule;
-use fednano_shared::settings::{
-    AdapterChoice, BoundaryChoice, FederationSettings, Format, Overlap, Rounding, Strategy,
-};
+use fednano_shared::settings::{AdapterChoice, BoundaryChoice, FederationSettings, Overlap, Strategy};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::fmt;
@@ -173,16 +171,12 @@ pub fn base(size: Size) -> (Simulation, FederationSettings) {
         fisher_samples: 40,
         local_test: 0.2,
         round_deadline_s: 86_400,
-        // The plain boundary, whatever the defaults are: runs stay comparable.
+        // As in the paper, and the plain boundary, whatever the defaults are: runs stay comparable.
+        fisher_normalise: false,
         boundary: BoundaryChoice::Activations,
-        feature_format: Format::F32,
-        code_format: Format::F32,
-        gradient_format: Format::F32,
-        matrix_format: Format::F32,
-        rounding: Rounding::Nearest,
         compress: false,
         overlap: Overlap::Off,
-        ..Default::default()
+        ..FederationSettings::exact()
     };
     let study = Simulation {
         clients: 5,

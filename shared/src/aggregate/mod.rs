@@ -231,7 +231,7 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn settings(strategy: Strategy) -> FederationSettings {
-        FederationSettings { strategy, ..Default::default() }
+        FederationSettings { strategy, fisher_normalise: false, ..Default::default() }
     }
 
     /// Merge with no memory.

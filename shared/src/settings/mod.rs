@@ -68,7 +68,8 @@ pub struct FederationSettings {
     pub fisher_cap: f64,
     /// Fisher values are raised to this power: 1 as in the paper, 0 weighs by sample count alone, as FedAvg.
     pub fisher_power: f64,
-    /// Each participant's Fisher values are divided by their tensor's mean first, so that only their pattern counts.
+    /// Each participant's Fisher values are divided by their tensor's mean first, so that only their pattern counts: without it, as in
+    /// the paper, who has fitted its samples least weighs most.
     pub fisher_normalise: bool,
     /// One Fisher weight for each hidden unit of an adapter, row of `down` and column of `up`, instead of one a value.
     pub fisher_unit: bool,
@@ -150,7 +151,7 @@ impl Default for FederationSettings {
             fisher_floor: 0.05,
             fisher_cap: 100.0,
             fisher_power: 1.0,
-            fisher_normalise: false,
+            fisher_normalise: true,
             fisher_unit: false,
             max_delta_norm: 10.0,
             max_weight: 10.0,
@@ -168,10 +169,10 @@ impl Default for FederationSettings {
             round_deadline_s: 1800,
             grace_s: 20,
             boundary: BoundaryChoice::Auto,
-            feature_format: Format::F32,
-            code_format: Format::F32,
-            gradient_format: Format::F32,
-            matrix_format: Format::F32,
+            feature_format: Format::Int8,
+            code_format: Format::Int8,
+            gradient_format: Format::Int8,
+            matrix_format: Format::F16,
             rounding: Rounding::Nearest,
             compress: false,
             overlap: Overlap::Parts,
@@ -183,6 +184,19 @@ impl Default for FederationSettings {
 const YEAR: u64 = 365 * 24 * 3600;
 
 impl FederationSettings {
+    /// The defaults, but every number is sent as it is, so that both modes and both ends agree up to the rounding of sums.
+    pub fn exact() -> Self {
+        let exact = Format::F32;
+        Self {
+            feature_format: exact,
+            code_format: exact,
+            gradient_format: exact,
+            matrix_format: exact,
+            rounding: Rounding::Nearest,
+            ..Self::default()
+        }
+    }
+
     /// Check every value.
     ///
     /// # Errors

@@ -131,7 +131,7 @@ fn what_stays_on_the_client_is_not_rounded() {
     };
     assert_eq!(agreement, expected);
     assert!(!Agreement::choose(&named, &Offer { deflate: false, ..offer.clone() }, DIM).unwrap().deflate);
-    let plain = FederationSettings { overlap: Overlap::Off, ..Default::default() };
+    let plain = FederationSettings { overlap: Overlap::Off, ..FederationSettings::exact() };
     let chosen = Agreement::choose(&plain, &Offer { modes: vec![BoundaryMode::Activations], ..offer }, DIM);
     assert_eq!(chosen, Ok(Agreement::PLAIN));
 }
