@@ -175,8 +175,7 @@ impl App {
             tokio::time::sleep(DOWNLOADS).await;
         };
         let result = tokio::select! {
-            biased; // a failure is told, whatever else ended in the same moment
-            failure = self.failed() => Err(failure),
+            () = self.failed() => Ok(()),
             served = serving => served.map_err(anyhow::Error::from),
             () = patience => {
                 tracing::warn!("some downloads did not end in time");
@@ -191,7 +190,7 @@ impl App {
         if tokio::time::timeout(STOP, self.stop()).await.is_err() {
             tracing::warn!("a federation did not end in time; what it has acknowledged is on disk");
         }
-        result
+        self.failure().map_or(result, Err) // told whatever ended the serving, also where it failed while stopping
     }
 
     /// End the federations and close their stores, so that another server may go on with them.
@@ -201,20 +200,20 @@ impl App {
         }
     }
 
-    /// The first federation that fails for good, as an error.
-    async fn failed(&self) -> anyhow::Error {
-        let federations = self.site.shared.federations.clone();
-        let mut waits: FuturesUnordered<_> = federations
-            .into_iter()
-            .map(|(name, federation)| async move {
-                let cause = federation.failed().await;
-                anyhow::anyhow!("federation '{name}' has stopped: {cause}")
-            })
-            .collect();
-        match waits.next().await {
-            Some(failure) => failure,
-            None => std::future::pending().await, // no federation, no failure
+    /// Wait until a federation has failed for good (none may).
+    async fn failed(&self) {
+        let mut waits: FuturesUnordered<_> = self.site.shared.federations.values().map(Federation::failed).collect();
+        if waits.next().await.is_none() {
+            std::future::pending::<()>().await; // no federation, no failure
         }
+    }
+
+    /// The first federation that has failed for good, as an error.
+    fn failure(&self) -> Option<anyhow::Error> {
+        let mut federations = self.site.shared.federations.iter();
+        federations.find_map(|(name, federation)| {
+            federation.failure().map(|cause| anyhow::anyhow!("federation '{name}' has stopped: {cause}"))
+        })
     }
 }
 

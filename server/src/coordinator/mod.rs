@@ -192,11 +192,16 @@ impl Federation {
     /// Wait until the federation has failed for good (it may never); cause and remedy.
     pub async fn failed(&self) -> String {
         let mut failure = self.failure.clone();
-        let fault = failure.wait_for(Option::is_some).await.ok().and_then(|fault| fault.clone());
-        match fault {
-            Some(fault) => fault.to_string(),
+        drop(failure.wait_for(Option::is_some).await);
+        match self.failure() {
+            Some(cause) => cause,
             None => std::future::pending().await,
         }
+    }
+
+    /// Why the federation has failed for good, if it has; cause and remedy.
+    pub fn failure(&self) -> Option<String> {
+        self.failure.borrow().as_ref().map(ToString::to_string)
     }
 
     /// End it, behind every update that a session has handed over; then its store is closed and another server may open it.
