@@ -2,7 +2,7 @@
 // shared/src/wire/agreement.rs.
 
 const STRATEGIES = {
-  local: 'nothing is merged: everybody trains alone, and no adapters leave a device',
+  local: 'nothing is merged: everybody trains alone; adapters are not uploaded after a round, but the server can work them out from each step',
   centralised: 'one place holds all data',
   fedavg: 'the mean of all adapters, by number of samples',
   fedprox: 'the mean of all adapters, by number of samples; each participant is held near where the round began',
@@ -64,28 +64,11 @@ function ending(s) {
   return `when the adapters that it needs are in, or after ${time(s.round_deadline_s)} with those of ${enough} or more; a lost connection is waited for ${time(s.grace_s)}; ${late}`;
 }
 
-/** What this connection speaks; where that is not known (yet), what the settings ask for. */
-function spoken(s, agreement) {
-  return agreement ?? {
-    mode: s.boundary,
-    features: s.feature_format,
-    codes: s.code_format,
-    gradients: s.gradient_format,
-    matrices: s.matrix_format,
-    rounding: s.rounding,
-    deflate: s.compress,
-    overlap: s.overlap,
-  };
-}
-
 /** What goes to the server's language model in training and what comes back, each with its number format. */
 function boundary(a) {
   const as = (format) => FORMATS[format] ?? format;
-  const plain = `at each step what the language model reads at every position (${as(a.codes)}); its gradients come back (${as(a.gradients)})`;
-  const short = `each picture's features once (${as(a.features)}) and words by their numbers in the vocabulary; then at each step a few numbers for every position (${as(a.codes)}) and the outer halves of the adapters (${as(a.matrices)}); the gradients of both come back (${as(a.gradients)} and ${as(a.matrices)})`;
-  if (a.mode === 'activations') return plain;
-  if (a.mode === 'low-rank') return short;
-  return `whichever is fewer bytes for your samples. Either ${plain}. Or ${short}`;
+  if (a.mode === 'activations') return `at each step what the language model reads at every position (${as(a.codes)}); its gradients come back (${as(a.gradients)})`;
+  return `each picture's features once (${as(a.features)}) and words by their numbers in the vocabulary; then at each step a few numbers for every position (${as(a.codes)}) and the outer halves of the adapters (${as(a.matrices)}); the gradients of both come back (${as(a.gradients)} and ${as(a.matrices)})`;
 }
 
 /** How numbers in fewer bits come about, if there are any. */
@@ -100,10 +83,9 @@ function numbers(a) {
   return words.join('; ');
 }
 
-/** [[what, words]]; `agreement` is what this connection speaks, if that is known. */
-export function agreedWords(s, agreement = null) {
-  const over = spoken(s, agreement);
-  const rounding = numbers(over);
+/** [[what, words]] */
+export function agreedWords(s, agreement) {
+  const rounding = numbers(agreement);
   const lines = [
     ['Merging', STRATEGIES[s.strategy] ?? s.strategy],
     ['Adapters', `${ADAPTERS[s.adapters] ?? s.adapters}; rank ${s.rank}`],
@@ -111,8 +93,8 @@ export function agreedWords(s, agreement = null) {
     ['Who trains in a round', people(s)],
     ['Training in a round', training(s)],
     ['Optimiser', optimiser(s)],
-    ['Sent in training', boundary(over)],
-    ['While the server computes', OVERLAPS[over.overlap] ?? over.overlap],
+    ['Sent in training', boundary(agreement)],
+    ['While the server computes', OVERLAPS[agreement.overlap] ?? agreement.overlap],
     ['A round ends', ending(s)],
   ];
   if (rounding) lines.push(['Numbers', rounding]);

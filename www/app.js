@@ -3,6 +3,7 @@ import { $, clearError, make, note, params, setProgress, setState, showError, so
 import { chooseDevice, deviceText, speedWords } from './device.js';
 import { AskView } from './ask.js';
 import { DataStep } from './data.js';
+import { askedWords } from './ledger.js';
 import { Live } from './live.js';
 import { ModelStep } from './model.js';
 import { WorkerTab } from './tab.js';
@@ -13,7 +14,7 @@ const POLL = 3000;
 const live = new Live();
 const tab = new WorkerTab(hearWorker);
 const model = new ModelStep(tab);
-const page = { federation: '', joined: false, ready: false, broken: false, source: null, work: '', device: '', edgeBytes: 0, download: null, data: null, ask: null };
+const page = { federation: '', joined: false, ready: false, broken: false, source: null, work: '', kind: '', device: '', edgeBytes: 0, download: null, data: null, ask: null };
 
 // ------------------------------------------------------------------------------------------------ federation
 
@@ -73,9 +74,13 @@ async function prepareDevice() {
   page.download = info.download;
   const gflops = await tab.call('speed');
   $('device-words').textContent = `${choice.words} ${speedWords(gflops, info.pictureFlops)}`;
+  page.kind = choice.device;
   page.device = deviceText(choice, gflops);
   note({ type: 'device', device: choice.device, gflops, edgeBytes: info.fetched });
 }
+
+/** After a crash. Another device computes features with other last digits: the work that is kept does not fit them. */
+const remedy = () => `reload the page to go on where you were${page.kind === 'cpu' ? '' : ', or add device=cpu to its address: then the processor computes, and the round begins again'}`;
 
 function hearWorker(message) {
   const { event, done, all } = message;
@@ -88,15 +93,18 @@ function hearWorker(message) {
     $('own-words').textContent = `Reading pictures: ${done} of ${all}`;
   } else if (event === 'answer') {
     page.ask?.hear(message);
+  } else if (event === 'asked') {
+    $('asked-words').textContent = askedWords(message.traffic);
+    window.fednano.asked = message.traffic; // for tests
   } else if (event === 'client') {
     hearClient(message.client);
   } else if (event === 'unkept') {
     $('kept-words').textContent = `This browser does not keep your work (${message.cause}): after a reload the round begins again.`;
     note({ type: 'unkept', cause: message.cause });
   } else if (event === 'crash') {
-    stop(`the program in this tab stopped (${message.cause}); reload the page to go on where you were, or add device=cpu to its address`);
+    stop(`the program in this tab stopped (${message.cause}); ${remedy()}`);
   } else if (event === 'gpuLost') {
-    stop(`the graphics processor was lost (${message.cause}); reload the page to go on where you were, or add device=cpu to its address`);
+    stop(`the graphics processor was lost (${message.cause}); ${remedy()}`);
   }
 }
 
@@ -116,7 +124,7 @@ function stop(message) {
 
 const sessionKey = () => `fednano:${page.federation}`;
 
-/** {token, name, source, work} of this browser tab's earlier participation, also from before a reload; `work` names what is kept of it. */
+/** {token, name, source, work, kind} of this browser tab's earlier participation, also from before a reload; `work` names what is kept of it, `kind` is that of its device. */
 function savedSession() {
   try {
     return JSON.parse(sessionStorage.getItem(sessionKey()) ?? 'null');
@@ -191,7 +199,7 @@ function noted(event) {
 function hearClient(event) {
   note(noted(event));
   if (event.type === 'joined') {
-    sessionStorage.setItem(sessionKey(), JSON.stringify({ token: event.token, name: $('name').value.trim(), source: page.source, work: page.work }));
+    sessionStorage.setItem(sessionKey(), JSON.stringify({ token: event.token, name: $('name').value.trim(), source: page.source, work: page.work, kind: page.kind }));
     [page.edgeBytes, page.download] = [0, null]; // the server has counted them
   }
   // Bytes are also told when there is no connection any more.
@@ -247,8 +255,8 @@ async function start() {
   setState('ready');
   showButtons();
   if (saved) {
-    const own = 'choose the same pictures and questions again (a page cannot keep them), then press Rejoin to go on where you were';
-    const how = saved.source?.shard ? 'press Rejoin to go on where you were' : own;
+    const rejoin = saved.kind && saved.kind !== page.kind ? 'press Rejoin; on another device than before the round begins again' : 'press Rejoin to go on where you were';
+    const how = saved.source?.shard ? rejoin : `choose the same pictures and questions again (a page cannot keep them), then ${rejoin}`;
     live.say(`This tab took part before: ${how}.`);
   }
   const shard = params.shard || (params.auto ? 'workshop' : '');

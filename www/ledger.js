@@ -71,6 +71,9 @@ export class OwnCount {
   }
 }
 
+/** What all questions of this tab have cost, which no table has. */
+export const askedWords = (traffic) => `Questions to the model go over connections of their own, counted apart: ${bytes(sum(traffic, 'up'))} sent, ${bytes(sum(traffic, 'down'))} received.`;
+
 /** The table; `own` or `server` may be null. */
 export function drawLedger(own, server, words) {
   // Said aloud by screen readers when it changes, and only then.

@@ -181,7 +181,7 @@ export class Live {
 
   sayTraining(round) {
     const name = this.name(round, true);
-    this.say(name === this.name(round) ? `${name}: tuning adapters of your own on your samples; they are not sent.` : `Training ${name.toLowerCase()} on your samples.`);
+    this.say(name === this.name(round) ? `${name}: tuning adapters of your own on your samples; nobody merges them, but the server can work them out from each step.` : `Training ${name.toLowerCase()} on your samples.`);
   }
 
   /** One event of the own participation; returns the page's new state, if it changes. */
@@ -226,7 +226,7 @@ export class Live {
         this.wait(`${this.name(event.round, true)}: others train this time. You wait here; a later round may draw you.`);
         return null;
       case 'notCounted':
-        this.wait(`Your update of round ${event.round} was not counted: ${event.fault.cause}; ${event.fault.remedy}.`);
+        this.wait(`${this.name(event.round)}: ${event.fault.cause}; ${event.fault.remedy}.`);
         return null;
       case 'traffic':
         this.own.set(event.traffic);
@@ -234,7 +234,7 @@ export class Live {
         this.later();
         return null;
       case 'lost':
-        this.own.lacks ||= 'a connection was lost, and what was on its way was counted by one end only';
+        this.own.lacks ||= 'a connection was lost, and what was on its way was counted by one end only; a server that was killed has also forgotten its newest counts (it keeps them when it merges and when it is stopped in order)';
         this.say(`The server is away (${event.cause}); trying again in ${Math.ceil(event.retryMs / 1000)} s.`);
         return null;
       default:

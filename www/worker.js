@@ -81,9 +81,13 @@ const commands = {
       post('answer', { which, text });
       return !stopped;
     };
-    if (!file) return JSON.parse(await tab.ask(url, federation, picture, question, onText));
-    const p = await decode(file);
-    return JSON.parse(await tab.askPicture(url, federation, p.width, p.height, p.rgba, question, onText));
+    try {
+      if (!file) return JSON.parse(await tab.ask(url, federation, picture, question, onText));
+      const p = await decode(file);
+      return JSON.parse(await tab.askPicture(url, federation, p.width, p.height, p.rgba, question, onText));
+    } finally {
+      post('asked', { traffic: JSON.parse(tab.asked()) });
+    }
   },
   stopAnswer() {
     stopped = true;

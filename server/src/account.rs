@@ -35,7 +35,7 @@ fn vector_bytes(width: u64) -> u64 {
 enum Form {
     F32,
     F16,
-    /// With an f16 scale for each token.
+    /// With a scale of 2 bytes for each row (a bf16 on the wire).
     Int8,
 }
 
@@ -47,18 +47,13 @@ impl Form {
         Self::NAMES[self as usize]
     }
 
-    fn tokens(self, count: u64, width: u64) -> u64 {
+    fn rows(self, count: u64, width: u64) -> u64 {
         count
             * match self {
                 Self::F32 => 4 * width,
                 Self::F16 => 2 * width,
                 Self::Int8 => width + 2,
             }
-    }
-
-    /// Weights and their gradients are not sent in 8 bits.
-    fn weights(self, count: u64) -> u64 {
-        if matches!(self, Self::F32) { 4 * count } else { 2 * count }
     }
 }
 
@@ -386,22 +381,22 @@ impl<'a> Shape<'a> {
 
     /// `h` or `g` of a sample.
     fn activations(&self, form: Form) -> u64 {
-        form.tokens(self.tokens(), self.width)
+        form.rows(self.tokens(), self.width)
     }
 
     /// Image features, and text as ids of 4 bytes.
     fn features(&self, form: Form) -> u64 {
-        form.tokens(self.image_tokens, self.width) + 4 * self.text_tokens
+        form.rows(self.image_tokens, self.width) + 4 * self.text_tokens
     }
 
     /// `z` or `upᵀg` of a sample.
     fn codes(&self, form: Form) -> u64 {
-        form.tokens(self.tokens(), self.options.rank)
+        form.rows(self.tokens(), self.options.rank)
     }
 
     /// Both `up` matrices, or their gradients.
     fn matrices(&self, form: Form) -> u64 {
-        form.weights(2 * self.width * self.options.rank)
+        form.rows(2 * self.width, self.options.rank)
     }
 
     fn boundary(&self) -> Section {
@@ -430,14 +425,14 @@ impl<'a> Shape<'a> {
                 line("low_rank.codes_up", format!("low-rank, up: z [{tokens}, {rank}]"), &|f| self.codes(f)),
                 line(
                     "low_rank.matrices_up",
-                    format!("low-rank, up: both up matrices [{width}, {rank}] (int8: in f16), shared by the batch"),
+                    format!("low-rank, up: both up matrices [{width}, {rank}], shared by the batch"),
                     &amortised,
                 ),
                 line("low_rank.up", "low-rank, up: z and the share of the matrices".into(), &step),
                 line("low_rank.codes_down", format!("low-rank, down: upᵀg [{tokens}, {rank}]"), &|f| self.codes(f)),
                 line(
                     "low_rank.matrices_down",
-                    format!("low-rank, down: both dL/d up [{width}, {rank}] (int8: in f16), shared by the batch"),
+                    format!("low-rank, down: both dL/d up [{width}, {rank}], shared by the batch"),
                     &amortised,
                 ),
                 line("low_rank.down", "low-rank, down: upᵀg and the share of dL/d up".into(), &step),
@@ -561,6 +556,7 @@ mod tests {
         assert_eq!(bytes("low_rank.codes_up", "int8"), 640 * 66);
         assert_eq!(bytes("low_rank.matrices_up", "f32"), 2 * 4096 * 64 * 4 / 16);
         assert_eq!(bytes("low_rank.down", "f16"), 640 * 64 * 2 + 65_536);
+        assert_eq!(bytes("low_rank.down", "int8"), 640 * 66 + 2 * 4096 * 66 / 16);
         // 1000 samples in batches of 16 are 63 steps.
         assert_eq!(bytes("round.low_rank", "f16"), 2 * (1000 * 81_920 + 63 * 1_048_576));
     }

@@ -60,11 +60,17 @@ pub struct ServerSettings {
     /// Which requests are computed when, and which share a batch.
     pub order: Order,
     /// Bytes of participants' features that are kept for mode `low-rank`, of all together; what is dropped is asked for again.
+    /// [`HALF_OF_MEMORY`]: as this machine allows.
     pub feature_cache: usize,
 }
 
-/// A good [`ServerSettings::feature_cache`]: pictures of LLaVA-1.5-7B, 455 in f32 or 1,819 in int8.
+/// A [`ServerSettings::feature_cache`] that is the same on every machine: pictures of LLaVA-1.5-7B, 455 in f32 or 1,819 in int8.
 pub const FEATURE_CACHE: usize = 4 << 30;
+/// As [`ServerSettings::feature_cache`]: half of the memory that is available once the model is loaded, a gibibyte or more;
+/// [`FEATURE_CACHE`] where nobody says how much that is.
+pub const HALF_OF_MEMORY: usize = usize::MAX;
+/// With less, a model's features would be sent in every round.
+const LEAST_CACHE: usize = 1 << 30;
 
 /// First seed of demo scenes kept for evaluation; shards of participants use smaller ones.
 pub const HELD_OUT_SEED: u64 = 1 << 40;
@@ -106,12 +112,7 @@ impl App {
             edge_bundle::prepare(&settings.model, &files, settings.edge_dtype, &settings.data_dir, tell_each_tenth())?;
         // From the bundle, so that the server judges with the very features that clients compute.
         let edge = Arc::new(bundle.edge(device)?);
-        let model = ModelSide {
-            table: Arc::new(TextTable::read(&files)?),
-            shape: Shapes { dim: files.config.text.hidden, image_positions: files.config.image_tokens() },
-            feature_cache: settings.feature_cache,
-            lockstep: settings.order == Order::Lockstep,
-        };
+        let table = Arc::new(TextTable::read(&files)?);
         let autodiff = device.clone().autodiff();
         let llm = load_llm(&files.config, &files.weights, place.clone().with_device(autodiff.clone()))?;
         let llm = FrozenLlm::new(llm, &files.config.text, &autodiff);
@@ -142,6 +143,15 @@ impl App {
             };
             federations.insert(name, coordinator::start(founding, llm.clone(), held_out.clone(), store)?);
         }
+        // Only now: the model has taken its memory.
+        let feature_cache = feature_cache(settings.feature_cache, available_memory);
+        tracing::info!("features of participants' pictures have room in {} MiB", feature_cache >> 20);
+        let model = ModelSide {
+            table,
+            shape: Shapes { dim: files.config.text.hidden, image_positions: files.config.image_tokens() },
+            feature_cache,
+            lockstep: settings.order == Order::Lockstep,
+        };
         let shared = Shared::new(federations, llm, shutdown, &model);
         let site = Site { shared, bundle, www: settings.www, sessions: TaskTracker::new() };
         Ok(Self { site: Arc::new(site), held_out })
@@ -217,6 +227,28 @@ impl App {
     }
 }
 
+/// Bytes for features, asked for as in [`ServerSettings::feature_cache`]; the other half is for requests under way.
+fn feature_cache(asked: usize, available: impl FnOnce() -> Option<usize>) -> usize {
+    match asked {
+        HALF_OF_MEMORY => available().map_or(FEATURE_CACHE, |bytes| (bytes / 2).max(LEAST_CACHE)),
+        bytes => bytes,
+    }
+}
+
+/// Bytes that this program can still take without swapping; none: the system does not say. A container may have less than its machine.
+fn available_memory() -> Option<usize> {
+    let available = available_of(&std::fs::read_to_string("/proc/meminfo").ok()?)?;
+    let limit = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok();
+    let limit = limit.and_then(|words| words.trim().parse::<usize>().ok()); // else "max"
+    Some(limit.map_or(available, |limit| limit.min(available)))
+}
+
+/// `MemAvailable` of Linux's `/proc/meminfo`, bytes.
+fn available_of(meminfo: &str) -> Option<usize> {
+    let kib = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB"))?;
+    kib.trim().parse::<usize>().ok()?.checked_mul(1 << 10)
+}
+
 /// Bind, with an error that names the remedy.
 ///
 /// # Errors
@@ -267,4 +299,26 @@ pub fn held_out_from(path: Option<&Path>, model: &Path) -> anyhow::Result<HeldOu
         Some(path) => HeldOutSource::Data(datasets::open(path, &preprocess(model)?)?),
         None => HeldOutSource::Demo(0),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn features_have_half_of_the_memory() {
+        let meminfo =
+            "MemTotal:       65536000 kB\nMemFree:         1024 kB\nMemAvailable:   33554432 kB\nBuffers:  7 kB\n";
+        assert_eq!(available_of(meminfo), Some(32 << 30));
+        for strange in ["", "MemTotal: 7 kB\n", "MemAvailable: many kB\n", "MemAvailable: 7 MB\n"] {
+            assert_eq!(available_of(strange), None, "{strange}");
+        }
+        let half = |available: Option<usize>| feature_cache(HALF_OF_MEMORY, || available);
+        assert_eq!(half(Some(32 << 30)), 16 << 30);
+        assert_eq!(half(Some(100 << 20)), 1 << 30);
+        assert_eq!(half(None), FEATURE_CACHE);
+        for asked in [0, 7, FEATURE_CACHE] {
+            assert_eq!(feature_cache(asked, || None), asked);
+        }
+    }
 }

@@ -218,7 +218,8 @@ impl Source<'_> {
             anyhow::ensure!(status == 200, "the server answered HTTP {status} to a request for bytes from {had}");
         }
         let copied = std::io::copy(&mut response.body_mut().as_reader().take(entry.bytes - from), file);
-        self.downloaded.pieces += file.metadata()?.len() - from;
+        // Where there are no locks, another program may have cut the file.
+        self.downloaded.pieces += file.metadata()?.len().saturating_sub(from);
         copied?;
         Ok(())
     }

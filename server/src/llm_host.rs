@@ -24,13 +24,13 @@ use tracing::Span;
 /// Target of the spans that show where a step's time goes.
 const STEP: &str = "fednano::step";
 
-/// Requests waiting; when full, senders wait too (each session has few under way, so this bounds memory).
+/// Requests waiting; when full, senders wait too. They hold their requests meanwhile: memory is bounded by the sessions' room for these.
 const QUEUE: usize = 64;
 /// Rows that are merged into one batch at most.
 const MERGED_ROWS: usize = 32;
 /// Positions of all rows that go through the layers at once: twelve samples of LLaVA-1.5. The backward pass of a 7B model keeps
 /// megabytes of each, and requests in short may be far longer than a frame of activations.
-const POSITIONS: usize = 1 << 13;
+pub(crate) const POSITIONS: usize = 1 << 13;
 /// Texts under way whose keys and values are kept.
 const TEXTS: usize = 32;
 /// Bytes of keys and values of all texts under way: eight of 1,024 positions of a 7B model in f16.
@@ -58,6 +58,19 @@ impl Bounds {
         rows.saturating_mul(longest).saturating_mul(longest) <= self.attention
             && positions <= POSITIONS
             && targets.saturating_mul(vocab) <= self.logits
+    }
+
+    /// Check new positions of a text: each sees all before it.
+    fn check_text(self, request: &GenerateRequest) -> Result<(), Fault> {
+        let (past, new) = (request.past as usize, request.hidden.shape.get(1).copied().unwrap_or(0));
+        if new.saturating_mul(past.saturating_add(new)) <= self.attention {
+            return Ok(());
+        }
+        Err(Fault {
+            code: FaultCode::Invalid,
+            cause: format!("{new} new positions of a text behind {past} others are too many at once for this server"),
+            remedy: "shorten the question".into(),
+        })
     }
 }
 
@@ -319,6 +332,10 @@ impl Host {
                     drop(reply.send(result));
                 }
                 Work::Other(Job::Generate(session, request, reply)) => {
+                    if let Err(fault) = self.room.bounds.check_text(&request) {
+                        drop(reply.send(Err(fault)));
+                        continue;
+                    }
                     let next = tracing::info_span!(target: STEP, "llm", what = "generate")
                         .in_scope(|| block_on(texts.next(&self.llm, session, &request)));
                     let result = next.map_err(|e| match e {

@@ -312,7 +312,7 @@ impl Observer for Lines {
                 local.global.accuracy * 100.0,
                 local.own.accuracy * 100.0
             ),
-            ClientEvent::NotCounted { round, fault } => println!("[{who}] round {round}: update not counted: {fault}"),
+            ClientEvent::NotCounted { round, fault } => println!("[{who}] round {round}: {fault}"),
             ClientEvent::Lost { cause, retry_in } => {
                 println!("[{who}] {cause}; trying again in {:.1} s", retry_in.as_secs_f64())
             }

@@ -78,6 +78,8 @@ pub struct CachedSample {
 pub struct PictureFeatures {
     /// By which the server knows them.
     pub key: PictureKey,
+    /// The key of what they were first: it stays, whatever format they are put into.
+    pub origin: PictureKey,
     /// `[P, D]`
     pub packed: Packed,
     values: usize,
@@ -97,7 +99,8 @@ impl PictureFeatures {
             // Each row has a scale of 2 bytes.
             Format::Int8 => bytes / (width + 2) * width,
         };
-        Self { key: PictureKey::of(&packed), packed, values }
+        let key = PictureKey::of(&packed);
+        Self { key, origin: key, packed, values }
     }
 
     /// How many values there are, `P * D`.
@@ -121,17 +124,25 @@ impl FeatureCache {
     /// # Errors
     /// Features that are not finite, or damaged.
     pub fn in_format(&self, format: Format, dim: usize) -> Result<FeatureCache, NumbersError> {
-        let coder = Coder { format, ..Coder::EXACT };
-        let convert = |picture: &Arc<PictureFeatures>| -> Result<Arc<PictureFeatures>, NumbersError> {
-            if picture.packed.format == format {
-                return Ok(picture.clone());
-            }
-            let mut values = vec![0.0; picture.count()];
+        let mut cache = self.clone(); // pictures are shared
+        cache.convert(format, dim)?;
+        Ok(cache)
+    }
+
+    /// The same in place, one picture after the other: of one that nobody else holds only the new form is left. What was rounded
+    /// stays rounded, also in a finer format later.
+    ///
+    /// # Errors
+    /// As [`Self::in_format`]; pictures up to the faulty one are converted then.
+    pub fn convert(&mut self, format: Format, dim: usize) -> Result<(), NumbersError> {
+        let (coder, mut values) = (Coder { format, ..Coder::EXACT }, Vec::new());
+        for picture in self.pictures.iter_mut().filter(|picture| picture.packed.format != format) {
+            values.resize(picture.count(), 0.0);
             picture.values(dim, &mut values)?;
-            Ok(Arc::new(PictureFeatures::new(coder.pack(FEATURES, &values, dim)?, dim)))
-        };
-        let pictures = self.pictures.iter().map(convert).collect::<Result<_, NumbersError>>()?;
-        Ok(FeatureCache { pictures, samples: self.samples.clone() })
+            let converted = PictureFeatures::new(coder.pack(FEATURES, &values, dim)?, dim);
+            *picture = Arc::new(PictureFeatures { origin: picture.origin, ..converted });
+        }
+        Ok(())
     }
 }
 
@@ -356,5 +367,31 @@ impl NanoEdge {
     /// Rows of the token table: how many ids can be embedded.
     pub fn vocabulary(&self) -> usize {
         self.token_table.rows()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn converted_features_are_in_memory_once_and_of_the_same_origin() {
+        let values: Vec<f32> = (0..8).map(|v| v as f32 / 7.0).collect();
+        let exact = Arc::new(PictureFeatures::new(Coder::EXACT.pack(FEATURES, &values, 4).unwrap(), 4));
+        let (first, origin) = (Arc::downgrade(&exact), exact.key);
+        let mut cache = FeatureCache { pictures: vec![exact], samples: Vec::new() };
+        assert_eq!(cache.pictures[0].origin, origin);
+        let beside = cache.in_format(Format::Int8, 4).unwrap();
+        assert!(first.upgrade().is_some());
+        cache.convert(Format::Int8, 4).unwrap();
+        assert!(first.upgrade().is_none(), "both forms are in memory");
+        assert_eq!(cache.pictures, beside.pictures);
+        let picture = &cache.pictures[0];
+        assert_eq!((picture.packed.format, picture.origin, picture.count()), (Format::Int8, origin, 8));
+        assert_ne!(picture.key, origin);
+        // Once more, into a finer format.
+        cache.convert(Format::F32, 4).unwrap();
+        assert_eq!(cache.pictures[0].origin, origin);
+        assert_ne!(cache.pictures[0].key, origin);
     }
 }

@@ -10,7 +10,7 @@ use crate::wire::{ClientMessage, Matrices, ServerMessage, WireGradient, WireInpu
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// The round of what comes after the last one: the result, personal adapters, questions.
+/// The round of what comes after the last one: the result, personal adapters. Rounds that there cannot be are counted here too.
 pub const AFTER: u32 = u32::MAX;
 /// A ledger tells so many rounds apart. What names a later one is counted under [`AFTER`].
 pub const MOST_ROUNDS: u32 = 4096;
@@ -161,8 +161,9 @@ impl Traffic {
 /// Counts the frames of one connection, at either end: every frame that is sent or read goes through it.
 ///
 /// Which round a frame belongs to follows from the frames alone, so both ends agree. Upward it is the round that the frame names, or
-/// else the one named last; downward the one that was announced last, the announcement included. Before the first it is 0, after
-/// `Finished` it is [`AFTER`].
+/// else the one named last; downward the one that was announced last, the announcement included. Before the first of the connection it
+/// is 0: so 0 is what came before the first round, and each connection's handshake. Questions belong to no round, so they name 0 or
+/// none and are counted there. After `Finished` it is [`AFTER`].
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Meter {
     rounds: BTreeMap<u32, Traffic>,

@@ -55,10 +55,34 @@ pub enum PlainError {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TensorBlob {
     /// Extent of each axis.
+    #[serde(deserialize_with = "axes")]
     pub shape: Vec<usize>,
     /// Values, row-major; on the wire little-endian bytes.
     #[serde(serialize_with = "to_bytes", deserialize_with = "from_bytes")]
     pub data: Vec<f32>,
+}
+
+/// Only a few: a frame has room for a hundred million, each of which takes 8 bytes in memory.
+fn axes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<usize>, D::Error> {
+    const MOST: usize = 8;
+    struct Axes;
+    impl<'de> serde::de::Visitor<'de> for Axes {
+        type Value = Vec<usize>;
+        fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+            write!(f, "at most {MOST} axes")
+        }
+        fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
+            let mut all = Vec::new();
+            while let Some(axis) = list.next_element()? {
+                if all.len() == MOST {
+                    return Err(serde::de::Error::custom(format!("a tensor has more than {MOST} axes")));
+                }
+                all.push(axis);
+            }
+            Ok(all)
+        }
+    }
+    deserializer.deserialize_seq(Axes)
 }
 
 fn to_bytes<S: Serializer>(data: &[f32], serializer: S) -> Result<S::Ok, S::Error> {
@@ -260,6 +284,15 @@ mod tests {
         }
         let whole = AdapterState::zeros(AdapterChoice::Both, 2, 3);
         assert_eq!(postcard::from_bytes(&postcard::to_stdvec(&whole).unwrap()), Ok(whole));
+    }
+
+    #[test]
+    fn more_axes_than_a_tensor_can_have_are_refused_while_they_are_read() {
+        for (axes, fits) in [(0, true), (8, true), (9, false), (100_000, false)] {
+            let blob = TensorBlob { shape: vec![1; axes], data: vec![1.0] };
+            let read = postcard::from_bytes::<TensorBlob>(&postcard::to_stdvec(&blob).unwrap());
+            assert_eq!(read.ok(), fits.then(|| blob.clone()), "{axes}");
+        }
     }
 
     #[test]

@@ -85,7 +85,8 @@ pub enum ClientKind {
 pub enum Purpose {
     /// Take part in rounds.
     Train,
-    /// Only use the model: evaluation requests, no rounds, not counted as a participant.
+    /// Only use the model: judgements, texts, and gradients too (tests and comparisons ask for them), of the sizes that the server
+    /// takes. No rounds, no updates; it does not count as a participant.
     Ask,
 }
 
@@ -121,11 +122,11 @@ pub struct Hello {
 pub enum ClientMessage {
     /// Handshake.
     Hello(Hello),
-    /// A training request of a round.
+    /// A request for gradients.
     Train {
         /// Echoed in the reply.
         id: u64,
-        /// Round it belongs to.
+        /// Round it belongs to; 0: none, on a connection that only asks.
         round: u32,
         /// What the LLM reads, and the targets.
         request: WireRequest,
@@ -345,7 +346,7 @@ pub enum FaultCode {
     Malformed,
     /// Another protocol version.
     Version,
-    /// Larger than [`MAX_FRAME`].
+    /// Larger than [`MAX_FRAME`], or than a connection that only asks may send.
     TooLarge,
     /// A message at the wrong time.
     OutOfOrder,
@@ -530,7 +531,8 @@ pub enum ServerMessage {
         rounds_until: Option<u32>,
     },
     /// Request `id` waits for features that the server has not, or no more. They are to be sent; the request is not to be repeated.
-    /// When no features at all have come for two minutes, it is refused.
+    /// When no features at all have come for two minutes, it is refused; or, whatever comes, after ten minutes and two more for each
+    /// picture called for.
     Missing {
         /// Of the request.
         id: u64,

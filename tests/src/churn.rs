@@ -98,9 +98,8 @@ fn each_counts_once(people: &[Person], status: &Status) -> anyhow::Result<()> {
         let id = *log.ids.first().context("somebody never joined")?;
         anyhow::ensure!(log.ids.len() == 1, "person {} was {:?}", person.number, log.ids);
         sent.extend(log.sent.iter().map(|round| (id, *round)));
-        for round in &log.accepted {
-            anyhow::ensure!(accepted.insert((id, *round)), "{id:?} was told twice that round {round} counts");
-        }
+        // Told twice where one connection had sent it and the next one sent it again.
+        accepted.extend(log.accepted.iter().map(|round| (id, *round)));
     }
     // Whoever was away when its update was accepted was not told.
     let unsent: Vec<_> = counted.difference(&sent).collect();

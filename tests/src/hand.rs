@@ -13,20 +13,29 @@ use fednano_shared::wire::{
 use tokio_util::sync::CancellationToken;
 
 /// A connection that only asks, by hand.
-pub struct Hand {
-    socket: Socket,
+pub struct Hand<T = Socket> {
+    socket: T,
     /// What is spoken.
     pub agreement: Agreement,
     next: u64,
 }
 
 impl Hand {
-    /// Shake hands.
+    /// Connect and shake hands.
     ///
     /// # Errors
     /// No connection, or no welcome.
     pub async fn open(url: &str, offer: Offer) -> anyhow::Result<Self> {
-        let mut socket = SocketConnector::new(url, CancellationToken::new()).connect().await?;
+        Self::over(SocketConnector::new(url, CancellationToken::new()).connect().await?, offer).await
+    }
+}
+
+impl<T: Transport> Hand<T> {
+    /// Shake hands.
+    ///
+    /// # Errors
+    /// No welcome.
+    pub async fn over(mut socket: T, offer: Offer) -> anyhow::Result<Self> {
         let hello = Hello { offer, ..hello("by hand", 0, Purpose::Ask) };
         socket.send(wire::encode(&ClientMessage::Hello(hello))).await?;
         match wire::decode(&socket.receive().await?)? {

@@ -316,6 +316,7 @@ pub async fn take_part<O: Observer>(
 ) -> anyhow::Result<Outcome> {
     let device = Device::flex();
     let hello = introduction(name, edge, cache);
+    let cache = &mut cache.clone();
     let me = Participant { hello, edge, cache, device: &device, max_tries: 40, keep_every: KEEP_EVERY };
     let mut connector = SocketConnector::new(socket, CancellationToken::new());
     Ok(participate(me, &mut connector, &TokioClock, &mut Forgetful, observer).await?)
@@ -339,6 +340,7 @@ pub async fn take_part_over<C: Connector, O: Observer>(
 ) -> anyhow::Result<Outcome> {
     let device = Device::flex();
     let hello = Hello { offer: Offer::of(cache, edge), ..hello };
+    let cache = &mut cache.clone();
     let me = Participant { hello, edge, cache, device: &device, max_tries: 100_000, keep_every: KEEP_EVERY };
     Ok(participate(me, connector, &Hurried, &mut Forgetful, observer).await?)
 }
@@ -357,6 +359,7 @@ pub async fn take_part_once<C: Connector, S: Keeper, O: Observer>(
 ) -> anyhow::Result<Outcome> {
     let device = Device::flex();
     let hello = Hello { offer: Offer::of(cache, edge), ..hello };
+    let cache = &mut cache.clone();
     let me = Participant { hello, edge, cache, device: &device, max_tries: 1, keep_every: Duration::ZERO };
     Ok(participate(me, connector, &Hurried, keeper, observer).await?)
 }

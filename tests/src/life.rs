@@ -3,11 +3,12 @@
 use anyhow::Context;
 use fednano_server::edge_bundle;
 use fednano_server::http::{self, Site};
-use fednano_server::native::{SocketConnector, channel};
-use fednano_server::session::{self, SignsOfLife};
+use fednano_server::native::{ClientEnd, SocketConnector, channel};
+use fednano_server::session::{self, Room, Shared, SignsOfLife};
 use fednano_shared::boundary::{Pair, Place};
 use fednano_shared::bundle::EdgeDtype;
 use fednano_shared::client::{Connector, Transport, TransportError};
+use fednano_shared::generate::Sampling;
 use fednano_shared::model::files::ModelFiles;
 use fednano_shared::settings::FederationSettings;
 use fednano_shared::wire::agreement::{BoundaryMode, Offer};
@@ -21,7 +22,7 @@ use futures_util::{SinkExt, StreamExt};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
 use tokio_util::sync::CancellationToken;
@@ -39,6 +40,9 @@ const PATIENT: SignsOfLife = SignsOfLife {
     silence: Duration::from_secs(1),
     pictures: Duration::from_millis(600),
 };
+
+/// The same with more time between two looks: a machine that is busy is not held up for as long.
+const CALM: SignsOfLife = SignsOfLife { beat: Duration::from_millis(300), ..PATIENT };
 
 /// A server with a second door, at which peers are watched with this patience.
 struct Watched {
@@ -166,14 +170,104 @@ pub fn unwatched() -> anyhow::Result<()> {
         // It is still listened to.
         client.send(wire::encode(&ClientMessage::Leave)).await?;
         watched.until(false).await?;
+        heard_out(&watched).await?;
+        unread(&watched).await?;
+        pushed_out(&watched).await?;
         watched.server.stop().await
     })
+}
+
+/// A connection that only asks, over a channel, and speaks whole activations.
+async fn over_a_channel(shared: &Shared) -> anyhow::Result<Hand<ClientEnd>> {
+    let (server_end, client) = channel();
+    tokio::spawn(session::run(server_end, shared.clone()));
+    Hand::over(client, Offer { modes: vec![BoundaryMode::Activations], ..offer(0) }).await
+}
+
+/// A training request of so many rows.
+fn train(watched: &Watched, id: u64, rows: usize) -> ClientMessage {
+    let values = numbers(rows * 5 * watched.server.app.held_out.edge.config.text.hidden);
+    ClientMessage::Train { id, round: 0, request: request(rows, WireInput::Hidden(exact(&values))) }
+}
+
+/// Who is refused may still be sending: what it sends is taken until it has heard why.
+async fn heard_out(watched: &Watched) -> anyhow::Result<()> {
+    let (server_end, mut client) = channel();
+    tokio::spawn(session::run(server_end, watched.server.app.shared()));
+    client.send(wire::encode(&ClientMessage::Leave)).await?;
+    match wire::decode(&client.receive().await?)? {
+        ServerMessage::Refused(fault) => anyhow::ensure!(fault.cause.contains("not a Hello"), "{fault}"),
+        other => anyhow::bail!("{other:?} instead of a refusal"),
+    }
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    client.send(wire::encode(&ClientMessage::Leave)).await.context("the server takes nothing any more")
+}
+
+/// Who does not read keeps no room from others: what it has asked for is computed, and waits to be sent.
+async fn unread(watched: &Watched) -> anyhow::Result<()> {
+    /// More than the channel holds.
+    const REFUSED: u64 = 12;
+    // One request at a time.
+    let shared = Shared { room: Room::new(1), ..watched.server.app.shared() };
+    let mut deaf = over_a_channel(&shared).await?;
+    deaf.say(&train(watched, 1000, 400)).await?;
+    for id in 0..REFUSED {
+        let mut empty = request(1, WireInput::Hidden(exact(&[])));
+        empty.lengths = vec![0];
+        deaf.say(&ClientMessage::Train { id, round: 0, request: empty }).await?;
+        // It would listen if it had to wait for the channel.
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    let mut other = over_a_channel(&shared).await?;
+    other.say(&train(watched, 1, 1)).await?;
+    let heard = timeout(Duration::from_secs(30), other.hear()).await.context("who does not read keeps the room")??;
+    anyhow::ensure!(matches!(heard, ServerMessage::Trained { id: 1, .. }), "{heard:?} instead of an answer");
+    let (mut trained, mut refused) = (0, 0);
+    for _ in 0..=REFUSED {
+        match deaf.hear().await? {
+            ServerMessage::Trained { id: 1000, .. } => trained += 1,
+            ServerMessage::RequestRefused { id, .. } if id < REFUSED => refused += 1,
+            other => anyhow::bail!("{other:?} instead of an answer"),
+        }
+    }
+    anyhow::ensure!((trained, refused) == (1, REFUSED), "{trained} answers and {refused} refusals");
+    Ok(())
+}
+
+/// A text that is begun and ended at once leaves nothing behind, whichever of both reaches the LLM first: no other text is pushed out.
+async fn pushed_out(watched: &Watched) -> anyhow::Result<()> {
+    let shared = watched.server.app.shared();
+    let hidden = exact(&numbers(2 * watched.server.app.held_out.edge.config.text.hidden));
+    let (positions, sampling) = (2, Sampling::GREEDY);
+    let text = |id: u64, past: u32| ClientMessage::Generate { id, past, hidden: hidden.clone(), positions, sampling };
+    let mut patient = over_a_channel(&shared).await?;
+    patient.say(&text(1, 0)).await?;
+    let heard = patient.hear().await?;
+    anyhow::ensure!(matches!(heard, ServerMessage::Generated { id: 1, .. }), "{heard:?} instead of a token");
+
+    let mut hasty = over_a_channel(&Shared { room: Room::new(1), ..shared }).await?;
+    // The LLM keeps 32 texts.
+    for id in 0..60 {
+        // This takes the room, so the text waits for it, and its end goes ahead.
+        hasty.say(&train(watched, 1000 + id, 8)).await?;
+        hasty.say(&text(id, 0)).await?;
+        hasty.say(&ClientMessage::StopGenerating).await?;
+        for _ in 0..2 {
+            let heard = hasty.hear().await?;
+            let answers = matches!(heard, ServerMessage::Trained { .. } | ServerMessage::Generated { .. });
+            anyhow::ensure!(answers, "{heard:?} instead of an answer");
+        }
+    }
+    patient.say(&text(2, positions)).await?;
+    let heard = patient.hear().await?;
+    anyhow::ensure!(matches!(heard, ServerMessage::Generated { id: 2, .. }), "{heard:?}: the text was pushed out");
+    Ok(())
 }
 
 /// Features that were called for and do not come: the request is refused and its step given up, and the connection goes on.
 pub fn no_pictures() -> anyhow::Result<()> {
     block(LIMIT, async {
-        let watched = Watched::start(PATIENT).await?;
+        let watched = Watched::start(CALM).await?;
         let config = &watched.server.app.held_out.edge.config;
         let (dim, each) = (config.text.hidden, config.image_tokens());
         let offer = Offer { modes: vec![BoundaryMode::LowRank], ..offer(3) };
@@ -203,21 +297,29 @@ pub fn no_pictures() -> anyhow::Result<()> {
         }
         // Others may come first, which takes longer than it has.
         for key in 100..104 {
-            tokio::time::sleep(PATIENT.pictures / 3).await;
+            tokio::time::sleep(CALM.pictures / 3).await;
             let features = exact(&numbers(each * dim));
             hand.say(&ClientMessage::Features { round: 0, pictures: vec![(PictureKey(key), features)] }).await?;
         }
         let last = Instant::now();
-        match hand.hear().await? {
+        // Frames without any do not count.
+        let heard = loop {
+            match timeout(CALM.pictures / 3, hand.hear()).await {
+                Ok(heard) => break heard?,
+                Err(_) => hand.say(&ClientMessage::Features { round: 0, pictures: Vec::new() }).await?,
+            }
+        };
+        match heard {
             ServerMessage::RequestRefused { id: theirs, fault } if theirs == id => {
                 println!("after {:?}: {fault}", begun.elapsed());
                 anyhow::ensure!(fault.cause.contains("features of 1 pictures") && !fault.remedy.is_empty(), "{fault}");
+                anyhow::ensure!(fault.cause.contains("none came within"), "{fault}");
             }
             other => anyhow::bail!("{other:?} instead of a refusal"),
         }
         // The last of them has been on its way for a moment.
         let waited = last.elapsed();
-        anyhow::ensure!(waited > PATIENT.pictures / 2, "it was refused {waited:?} after features came");
+        anyhow::ensure!(waited > CALM.pictures / 2, "it was refused {waited:?} after features came");
 
         // Its step is given up; the next one is computed.
         let fault = hand.train(request(None, part(2))).await?.err().context("a step without its middle went on")?;

@@ -9,12 +9,17 @@ use fednano_shared::boundary::{
     BoundaryReply, BoundaryRequest, CodesInput, Input, Pair, Part, Positions, Target, Want,
 };
 use fednano_shared::client::{Connector, Transport};
+use fednano_shared::generate::{GenerateRequest, Sampling};
+use fednano_shared::ledger::Traffic;
 use fednano_shared::plain::TensorBlob;
 use fednano_shared::settings::FederationSettings;
 use fednano_shared::wire::agreement::BoundaryMode;
 use fednano_shared::wire::{self, ClientMessage, FaultCode, Hello, Purpose, ServerMessage};
-use fednano_tests::{LIMIT, Server, block, close, fixture, gradients_close, halves, hello, nano_llava, repository};
+use fednano_tests::{
+    LIMIT, Server, block, close, fixture, get, gradients_close, halves, hello, nano_llava, repository,
+};
 use std::sync::Arc;
+use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 /// The same numbers in another order of summation.
@@ -152,8 +157,25 @@ pub fn too_large_a_row() -> anyhow::Result<()> {
             let reply = narrow.train(first).await.map_err(anyhow::Error::msg)?;
             anyhow::ensure!(reply.loss.is_finite(), "loss {}", reply.loss);
         }
-        Ok(())
+        too_long_a_text().await
     })
+}
+
+/// New positions of a text see all before them.
+async fn too_long_a_text() -> anyhow::Result<()> {
+    let (narrow, sizes) = host(Some((1, 99)))?;
+    let text = |past: usize, new: usize| {
+        let hidden = values(&[1, new, sizes.dim], 37);
+        narrow.generate(7, GenerateRequest { past: past as u32, hidden, sampling: Sampling::GREEDY })
+    };
+    text(0, SEQ).await.map_err(anyhow::Error::msg)?;
+    let fault = text(SEQ, SEQ).await.err().context("a text that is too long was gone on with")?;
+    println!("{fault}");
+    anyhow::ensure!(fault.code == FaultCode::Invalid && fault.remedy.contains("shorten"), "{fault:?}");
+    anyhow::ensure!(fault.cause.contains("12 new positions of a text behind 12 others"), "{fault}");
+    // It is still there.
+    text(SEQ, 1).await.map_err(anyhow::Error::msg)?;
+    Ok(())
 }
 
 /// What a server says to an introduction.
@@ -170,13 +192,17 @@ pub fn names() -> anyhow::Result<()> {
         let settings = FederationSettings { min_participants: 9, ..Default::default() };
         let server = Server::start_model(&nano_llava(), settings, folder.path()).await?;
         let longest = "\u{e9}".repeat(wire::MAX_NAME / 2);
-        let talkative = Hello { device: format!("x{}", "\u{e9}".repeat(500)), ..hello(&longest, 1, Purpose::Train) };
+        let device = format!("x{}", "\u{e9}".repeat(500));
+        let talkative = Hello { device, edge_bytes: u64::MAX, ..hello(&longest, 1, Purpose::Train) };
         match greeted(&server, talkative).await? {
             ServerMessage::Welcome { status, .. } => {
                 let [me] = &status.participants[..] else { anyhow::bail!("{:?}", status.participants) };
                 anyhow::ensure!(me.name == longest, "another name: {}", me.name);
                 // 160 bytes would end in mid-letter.
                 anyhow::ensure!(me.device.len() == wire::MAX_DEVICE - 1, "{} bytes of device", me.device.len());
+                // Nor is it believed without bound what it says to have downloaded.
+                let downloaded = me.traffic.down.edge_bundle;
+                anyhow::ensure!(downloaded == 1 << 40, "{downloaded} bytes of the edge bundle");
             }
             other => anyhow::bail!("{other:?} instead of a welcome"),
         }
@@ -192,8 +218,31 @@ pub fn names() -> anyhow::Result<()> {
         let (_, rest) = page.split_once("id=\"name\" maxlength=\"").context("the page does not bound the name")?;
         let units: usize = rest.split('"').next().context("no number")?.parse()?;
         anyhow::ensure!(units * 3 <= wire::MAX_NAME, "{units} letters may be more than {} bytes", wire::MAX_NAME);
+        asker_downloads(&server).await?;
         server.stop().await
     })
+}
+
+/// What somebody downloads who only asks is counted with its questions.
+async fn asker_downloads(server: &Server) -> anyhow::Result<()> {
+    let federation = server.app.federation("test").context("no federation")?;
+    let id = "0aF3".repeat(8);
+    let manifest = get(server.address(), &format!("/edge/manifest.json?download={id}")).await?;
+    let asks = Hello { edge_bytes: u64::MAX, download: Some(id), ..hello("asker", 0, Purpose::Ask) };
+    match greeted(server, asks).await? {
+        ServerMessage::Welcome { .. } => {}
+        other => anyhow::bail!("{other:?} instead of a welcome"),
+    }
+    // Its session hands over what it has counted when it has ended.
+    loop {
+        let questions = federation.ledger().await.context("the federation has ended")?.questions;
+        let counted = Traffic::sum(questions.values()).down.edge_bundle;
+        if counted > 0 {
+            anyhow::ensure!(counted == manifest.len() as u64, "{counted} bytes instead of {}", manifest.len());
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
 }
 
 /// A frame that the server would not take is not sent: the own side says so, and the connection stays as it is.

@@ -7,6 +7,7 @@ use fantoccini::actions::{InputSource, KeyAction, KeyActions};
 use fantoccini::key::Key;
 use fednano_server::native::SocketConnector;
 use fednano_shared::client::{Connector, Transport};
+use fednano_shared::ledger::Traffic;
 use fednano_shared::plain::AdapterState;
 use fednano_shared::settings::FederationSettings;
 use fednano_shared::wire::{self, ClientMessage, Hello, Purpose, SessionToken};
@@ -14,7 +15,7 @@ use fednano_tests::{Server, block, hello};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
 /// A small generated shard: 48 samples, 6 steps an epoch.
@@ -268,7 +269,7 @@ pub fn faulty_own_pictures() -> anyhow::Result<()> {
 
 // ------------------------------------------------------------------------------------ questions
 
-/// After a round, a question gets the untouched model's answer and the tuned one's.
+/// After a round, a question gets the untouched model's answer and the tuned one's; its bytes are told, as many as the server has heard.
 pub fn ask_before_and_after() -> anyhow::Result<()> {
     block(LIMIT, async {
         let stage = Stage::open(1).await?;
@@ -283,6 +284,18 @@ pub fn ask_before_and_after() -> anyhow::Result<()> {
             let shown = stage.text(&format!("#answer-{which}")).await?;
             ensure!(!said.is_empty() && shown.trim() == said, "{which}: {answer}, the page shows '{shown}'");
         }
+        let asked = stage.browser.wait("bytes of the question", "return window.fednano.asked").await?;
+        let asked: Traffic = serde_json::from_value(asked)?;
+        let federation = stage.server.app.federation("test").context("no federation")?;
+        let (end, mut heard) = (Instant::now() + Duration::from_secs(10), Traffic::default());
+        while heard.up != asked.up && Instant::now() < end {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            let ledger = federation.ledger().await.context("the federation has ended")?;
+            heard = Traffic::sum(ledger.questions.values());
+        }
+        ensure!(asked.up.hidden_states > 0 && heard.up == asked.up, "the tab counts {asked:?}, the server {heard:?}");
+        let words = stage.text("#asked-words").await?;
+        ensure!(words.contains("sent") && words.contains("received"), "the page says: {words}");
         stage.close().await
     })
 }

@@ -7,7 +7,7 @@ pub use participation::{fisher_without_a_pass, late, local_steps, local_test, re
 
 use anyhow::{Context, ensure};
 use burn::tensor::Device;
-use fednano_shared::boundary::Part;
+use fednano_shared::boundary::{Part, Want};
 use fednano_shared::client::personal::mix;
 use fednano_shared::data::dataset::Dataset;
 use fednano_shared::data::scene::DemoTheme;
@@ -70,18 +70,19 @@ impl Bench {
 
     /// Adapters after one step from the start.
     async fn step(&self, rules: &StepRules<'_>, parts: &[Batch]) -> anyhow::Result<(AdapterState, StepReport)> {
-        self.step_in(BoundaryMode::Activations, rules, parts).await
+        self.step_in(BoundaryMode::Activations, rules, (parts, Want::Gradient)).await
     }
 
     async fn step_in(
         &self,
         mode: BoundaryMode,
         rules: &StepRules<'_>,
-        parts: &[Batch],
+        (parts, want): (&[Batch], Want),
     ) -> anyhow::Result<(AdapterState, StepReport)> {
         let mut adapters = self.adapters(&self.start);
         let (mut sgd, device) = (AdapterOptimizer::new(&sgd()), &self.halves.device);
-        let report = step::train_step(&mut adapters, &mut sgd, rules, parts, &mut self.llm_in(mode), device).await?;
+        let report =
+            step::train_step(&mut adapters, &mut sgd, rules, (parts, want), &mut self.llm_in(mode), device).await?;
         Ok((adapters.to_state().await?, report))
     }
 }
@@ -95,7 +96,7 @@ fn settings() -> FederationSettings {
 }
 
 fn rules(rate: f64) -> StepRules<'static> {
-    StepRules { rate, prox: None, clip_norm: 0.0, squares: false }
+    StepRules { rate, prox: None, clip_norm: 0.0 }
 }
 
 /// `after - before`.
@@ -114,13 +115,13 @@ fn length(state: &AdapterState) -> f64 {
 pub fn micro_batches() -> anyhow::Result<()> {
     block(LIMIT, async {
         let bench = Bench::of(8).await?;
-        let rules = StepRules { squares: true, ..rules(FAR) };
+        let rules = rules(FAR);
         let mut first: Option<AdapterState> = None;
         for mode in BoundaryMode::ALL {
             println!("{mode}");
-            let (whole, one) = bench.step_in(mode, &rules, &[bench.all()]).await?;
+            let (whole, one) = bench.step_in(mode, &rules, (&[bench.all()], Want::Both)).await?;
             let parts = [bench.batch(&[0, 1, 2, 3, 4]), bench.batch(&[5, 6]), bench.batch(&[7])];
-            let (parts, three) = bench.step_in(mode, &rules, &parts).await?;
+            let (parts, three) = bench.step_in(mode, &rules, (&parts, Want::Both)).await?;
             adapters_close("step", &way(&parts, &bench.start), &way(&whole, &bench.start), NOISE)?;
             ensure!((one.loss - three.loss).abs() < 1e-4, "loss {} and {}", one.loss, three.loss);
             ensure!((one.samples, three.samples) == (8, 8), "{} and {} samples", one.samples, three.samples);
@@ -149,7 +150,15 @@ pub fn prox() -> anyhow::Result<()> {
             let mut optimizer = AdapterOptimizer::new(&sgd());
             let rules = StepRules { prox: mu.map(|mu| (mu, &start)), ..rules(0.01) };
             for _ in 0..10 {
-                step::train_step(&mut adapters, &mut optimizer, &rules, &batch, &mut bench.llm(), device).await?;
+                step::train_step(
+                    &mut adapters,
+                    &mut optimizer,
+                    &rules,
+                    (&batch, Want::Gradient),
+                    &mut bench.llm(),
+                    device,
+                )
+                .await?;
             }
             ends.push(adapters.to_state().await?);
         }
@@ -233,7 +242,15 @@ pub fn optimizers_go_on() -> anyhow::Result<()> {
                         optimizer = AdapterOptimizer::restored(&settings, &memory, &state, device)?;
                     }
                     let rules = StepRules { clip_norm: 0.1, ..rules(0.05) };
-                    step::train_step(&mut adapters, &mut optimizer, &rules, &batch, &mut bench.llm(), device).await?;
+                    step::train_step(
+                        &mut adapters,
+                        &mut optimizer,
+                        &rules,
+                        (&batch, Want::Gradient),
+                        &mut bench.llm(),
+                        device,
+                    )
+                    .await?;
                 }
                 ends.push((adapters.to_state().await?, optimizer.to_state().await?));
             }

@@ -3,6 +3,10 @@
 use fednano_shared::client::ClientEvent;
 use fednano_shared::ledger::Traffic;
 use serde_json::json;
+use std::collections::BTreeMap;
+
+/// Bytes are told by round for so many of the newest ones: it is done every second, however many there were.
+const ROUNDS: usize = 100;
 
 /// One event; `type` says which.
 pub fn to_json(event: &ClientEvent<'_>) -> String {
@@ -25,7 +29,8 @@ pub fn to_json(event: &ClientEvent<'_>) -> String {
         ClientEvent::Waiting { round } => json!({ "type": "waiting", "round": round }),
         ClientEvent::Local { round, local } => json!({ "type": "local", "round": round, "local": local }),
         ClientEvent::Traffic { rounds } => {
-            json!({ "type": "traffic", "traffic": Traffic::sum(rounds.values()), "rounds": rounds })
+            let newest: BTreeMap<_, _> = rounds.iter().rev().take(ROUNDS).collect();
+            json!({ "type": "traffic", "traffic": Traffic::sum(rounds.values()), "rounds": newest })
         }
         ClientEvent::NotCounted { round, fault } => json!({ "type": "notCounted", "round": round, "fault": fault }),
         ClientEvent::Lost { cause, retry_in } => {

@@ -192,6 +192,11 @@ pub mod tab {
             self.session.ask(url, federation, Some(&picture), &question, teller(on_text)).await.map_err(to_js)
         }
 
+        /// Bytes of all questions so far, by direction and kind, as JSON.
+        pub fn asked(&self) -> Result<String, JsValue> {
+            self.session.asked().map_err(to_js)
+        }
+
         /// The probe's results as JSON.
         pub async fn probe(&self, url: String, federation: String) -> Result<String, JsValue> {
             self.session.probe(url, federation).await.map_err(to_js)

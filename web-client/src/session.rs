@@ -13,8 +13,10 @@ use fednano_shared::client::{self, ClientEvent, Connector, Observer, Outcome, Pa
 use fednano_shared::data::dataset::Dataset;
 use fednano_shared::data::picture::Picture;
 use fednano_shared::data::scene::DemoTheme;
+use fednano_shared::data::text::Encoded;
 use fednano_shared::edge::{FeatureCache, NanoEdge};
 use fednano_shared::generate::{self, AnswerOptions, Sampling};
+use fednano_shared::ledger::Traffic;
 use fednano_shared::model::adapter::NanoAdapters;
 use fednano_shared::plain::AdapterState;
 use fednano_shared::probe;
@@ -70,8 +72,11 @@ pub struct Session {
     edge: NanoEdge,
     own: RefCell<Pictures>,
     data: RefCell<Rc<Dataset>>,
-    cache: RefCell<Option<Rc<FeatureCache>>>,
+    /// Features of the data, but while a participation has them.
+    cache: RefCell<Option<FeatureCache>>,
     latest: RefCell<Option<Rc<Latest>>>,
+    /// Bytes of all questions so far.
+    asked: Cell<Traffic>,
     joined: Cell<bool>,
     leave: RefCell<Rc<Leave>>,
 }
@@ -106,6 +111,7 @@ impl Session {
             data: RefCell::default(),
             cache: RefCell::default(),
             latest: RefCell::default(),
+            asked: Cell::default(),
             joined: Cell::new(false),
             leave: RefCell::default(),
         }
@@ -180,7 +186,7 @@ impl Session {
         let cache = self.edge.encode(&data, progress).await?;
         // Other data may have been chosen meanwhile.
         if Rc::ptr_eq(&data, &self.data()) {
-            self.cache.replace(Some(Rc::new(cache)));
+            self.cache.replace(Some(cache));
         }
         Ok(())
     }
@@ -193,13 +199,16 @@ impl Session {
         on_event: impl FnMut(&str),
     ) -> Result<String, Failure> {
         let options: JoinOptions = serde_json::from_str(options)?;
-        let cache = self.cache.borrow().clone();
-        let Some(cache) = cache.filter(|c| !c.samples.is_empty()) else {
-            return Err("there are no prepared pictures or questions; choose some first".into());
-        };
-        if self.joined.replace(true) {
+        if self.joined.get() {
             return Err("this tab takes part already; leave first".into());
         }
+        // Given away, so that its pictures are not in memory in two forms.
+        let cache = self.cache.take();
+        let Some(mut cache) = cache.filter(|c| !c.samples.is_empty()) else {
+            return Err("there are no prepared pictures or questions; choose some first".into());
+        };
+        self.joined.set(true);
+        let data = self.data();
         let leave = Rc::new(Leave::default());
         self.leave.replace(Rc::clone(&leave));
         let hello = Hello {
@@ -215,12 +224,16 @@ impl Session {
             download: options.download,
         };
         let (edge, device) = (&self.edge, &self.device);
-        let me = Participant { hello, edge, cache: &cache, device, max_tries: MAX_TRIES, keep_every: KEEP_EVERY };
+        let me = Participant { hello, edge, cache: &mut cache, device, max_tries: MAX_TRIES, keep_every: KEEP_EVERY };
         let mut sockets = Sockets { url: options.url, leave: Rc::clone(&leave) };
         let mut listener = Listener { session: self, alone: false, on_event };
         let clock = TabClock { leave };
         let result = client::participate(me, &mut sockets, &clock, &mut keeper, &mut listener).await;
         self.joined.set(false);
+        // For whoever rejoins, unless other data have been chosen meanwhile.
+        if Rc::ptr_eq(&data, &self.data()) {
+            self.cache.replace(Some(cache));
+        }
         let outcome = match result? {
             Outcome::Finished { adapter, own, .. } => {
                 let (adapter, whose) = match own {
@@ -267,17 +280,37 @@ impl Session {
             None => (self.edge.text.encode_text(&question, None)?, Vec::new()),
         };
         let mut boundary = self.connect(url, federation).await?;
+        let answers = self.answers(&mut boundary, (&prompt, &features), on_text).await;
+        // Whatever came of it, these have gone over the network.
+        let mut asked = self.asked.get();
+        asked.add(&boundary.traffic());
+        self.asked.set(asked);
+        answers
+    }
+
+    /// Bytes of all questions so far, as JSON.
+    pub fn asked(&self) -> Result<String, Failure> {
+        Ok(serde_json::to_string(&self.asked.get())?)
+    }
+
+    /// Both answers over a connection.
+    async fn answers(
+        &self,
+        boundary: &mut Asking<Socket>,
+        prompt: (&Encoded, &[f32]),
+        on_text: impl Fn(&str, &str) -> bool,
+    ) -> Result<String, Failure> {
         let latest = self.latest.borrow().clone();
         let options = AnswerOptions { max_tokens: MAX_ANSWER_TOKENS, sampling: Sampling::GREEDY };
         let tuned = latest.as_ref().map(|l| NanoAdapters::from_state(&l.adapter, &self.device));
         let answer = async |which: &'static str, adapters: Option<&NanoAdapters>, boundary: &mut Asking<Socket>| {
             let tell = |text: &str| on_text(which, text);
-            generate::answer(&self.edge, adapters, (&prompt, &features), options, boundary, &self.device, tell).await
+            generate::answer(&self.edge, adapters, prompt, options, boundary, &self.device, tell).await
         };
-        let before = answer("before", None, &mut boundary).await?;
+        let before = answer("before", None, boundary).await?;
         let after = match &tuned {
             None => None,
-            Some(adapters) => Some(answer("after", Some(adapters), &mut boundary).await?),
+            Some(adapters) => Some(answer("after", Some(adapters), boundary).await?),
         };
         boundary.stop().await;
         let origin = latest.as_ref().map(|l| l.origin.as_str());

@@ -2,7 +2,7 @@
 
 use crate::datasets::read_picture;
 use crate::device::{ComputeDtype, DeviceChoice};
-use crate::edge_download::fetch_edge;
+use crate::edge_download::download_edge;
 use crate::fetch::resolve_model;
 use crate::native::{Invite, SocketConnector};
 use crate::store::AdapterFile;
@@ -12,6 +12,7 @@ use fednano_shared::client::Connector;
 use fednano_shared::data::picture::Picture;
 use fednano_shared::edge::NanoEdge;
 use fednano_shared::generate::{AnswerOptions, InProcessTokens, Sampling, TokenSource, answer};
+use fednano_shared::ledger::Traffic;
 use fednano_shared::model::adapter::NanoAdapters;
 use fednano_shared::model::checkpoint::load_llm;
 use fednano_shared::model::files::ModelFiles;
@@ -89,7 +90,9 @@ pub async fn run<W: Write>(args: &Args, cache_dir: Option<PathBuf>, out: &mut W)
     if let Some(link) = &args.url {
         let invite = Invite::parse(link)?;
         let (at, place) = (invite.clone(), device.clone());
-        let (edge, edge_bytes) = tokio::task::spawn_blocking(move || fetch_edge(&at, &place, cache_dir)).await??;
+        let downloading = tokio::task::spawn_blocking(move || download_edge(&at, &place, cache_dir));
+        let (edge, downloaded) = downloading.await??;
+        let edge_bytes = downloaded.bytes();
         let hello = Hello {
             federation: invite.federation,
             name: "a question".into(),
@@ -100,11 +103,14 @@ pub async fn run<W: Write>(args: &Args, cache_dir: Option<PathBuf>, out: &mut W)
             purpose: Purpose::Ask,
             resume: None,
             offer: Offer { table: edge.table_form(), ..Offer::default() },
-            download: None,
+            download: Some(downloaded.id),
         };
         let socket = SocketConnector::new(invite.socket, CancellationToken::new()).connect().await?;
         let mut source = Asking::open(socket, hello).await?;
-        return say(args, &picture, &edge, &mut source, &device, out).await;
+        let said = say(args, &picture, &edge, &mut source, &device, out).await;
+        let Traffic { up, down } = source.traffic();
+        eprintln!("bytes: {} sent, {} received, {edge_bytes} downloaded before", up.total(), down.total());
+        return said;
     }
     let Some(model) = &args.model else { anyhow::bail!("give --url LINK or --model DIR") };
     let model = resolve_model(model)?;

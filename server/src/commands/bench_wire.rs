@@ -12,11 +12,12 @@ use std::path::PathBuf;
 /// Measure the boundary between participant and LLM: bytes at LLaVA-1.5-7B's shape, accuracy and bytes on easy-VQA, seconds a step
 /// over slow lines; write wire.md.
 ///
-/// Each finished run is kept at once, and not made again: the command can be stopped at any time and goes on where it was. An hour or
-/// so on two cores; `--quick` makes every part of it as small as can be.
+/// Each finished run is kept at once, and not made again: the command can be stopped at any time and goes on where it was. About two
+/// hours on two cores; `--quick` makes every part of it as small as can be. It fails, after writing the page, where measurements
+/// contradict each other.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Every part as small as can be, on generated scenes, one seed: a test of the benchmark.
+    /// Every part as small as can be, on generated scenes, one seed, nothing kept from before: a test of the benchmark.
     #[arg(long)]
     quick: bool,
     /// These parts alone; the page shows what is kept of the others.
@@ -28,13 +29,13 @@ pub struct Args {
     /// Model directory of nano-llava, or a fetched model of the hub.
     #[arg(long, default_value = "server/models/nano-llava")]
     model: String,
-    /// Folder of wire.md and of the finished runs; without it docs, or target/bench-wire-quick for --quick.
+    /// Folder of wire.md and of the finished runs; without it docs, or target/bench-wire-quick for --quick (wire-quick.md there).
     #[arg(long)]
     out: Option<PathBuf>,
     /// Seeds of each accuracy run; without it 1,2,3, or 1 for --quick.
     #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u64).range(..=i64::MAX as u64))]
     seeds: Vec<u64>,
-    /// Samples of the participant at the large shape; some variants run with twice as many, too. Without it 32, or 8 for --quick.
+    /// Samples of the participant at the large shape; without it 32, or 8 for --quick. The default's variant runs with 136 (34), too.
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1000))]
     samples: Option<u64>,
     /// Where to compute.

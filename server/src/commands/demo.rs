@@ -3,7 +3,7 @@
 use super::SettingFlags;
 use super::join::take_part;
 use super::serve::{base_url, cancel_on_signal, has_page};
-use crate::app::{App, FEATURE_CACHE, HeldOutSource, ServerSettings, bind};
+use crate::app::{App, HALF_OF_MEMORY, HeldOutSource, ServerSettings, bind};
 use crate::coordinator::Federation;
 use crate::device::{ComputeDtype, DeviceChoice};
 use crate::fetch::resolve_model;
@@ -112,7 +112,7 @@ pub async fn main(args: &Args) -> anyhow::Result<()> {
         held_out: HeldOutSource::Demo(args.data_seed),
         evaluation_limit: 0,
         order: Order::Arrival { merge: true },
-        feature_cache: FEATURE_CACHE,
+        feature_cache: HALF_OF_MEMORY,
     };
     let shutdown = CancellationToken::new();
     let app = App::start(server, (&device, dtype), shutdown.clone()).await?;
@@ -195,13 +195,18 @@ fn accuracies(status: &Status) -> String {
     status.history.iter().map(|r| format!("{:.1} %", r.held_out.accuracy * 100.0)).collect::<Vec<_>>().join(" -> ")
 }
 
+/// A native participant's name: its theme, and a number where an earlier one has that theme too. The report tells them apart by it.
+fn native_name(number: usize) -> String {
+    let (themes, theme) = (DemoTheme::ALL.len(), DemoTheme::ALL[number % DemoTheme::ALL.len()].name());
+    if number < themes { format!("native-{theme}") } else { format!("native-{theme}-{}", number / themes + 1) }
+}
+
 /// A native participant over the real socket, on a thread of its own.
 fn join_in_background(number: usize, link: String, args: &Args) -> anyhow::Result<()> {
-    let theme = DemoTheme::ALL[number % DemoTheme::ALL.len()];
+    let (theme, name) = (DemoTheme::ALL[number % DemoTheme::ALL.len()], native_name(number));
     let (seed, pictures, questions) = (args.shard_seed(number), args.pictures, args.questions);
     std::thread::Builder::new().name(format!("native-{number}")).spawn(move || {
         let data = shard(theme, seed, pictures, questions);
-        let name = format!("native-{}", theme.name());
         let leave = CancellationToken::new(); // never
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let result = match runtime {
@@ -378,6 +383,13 @@ mod tests {
             history: (0..).zip(evaluations).map(result).collect(),
             min_participants: 1,
         }
+    }
+
+    #[test]
+    fn native_participants_have_names_of_their_own() {
+        assert_eq!([0, 3, 7].map(native_name), ["native-workshop", "native-workshop-2", "native-garden-3"]);
+        let names: std::collections::BTreeSet<String> = (0..10).map(native_name).collect();
+        assert_eq!(names.len(), 10, "{names:?}");
     }
 
     #[test]

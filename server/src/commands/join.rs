@@ -158,7 +158,7 @@ pub async fn take_part<S: Keeper>(
     let (device, words) = device.open()?;
     let (link, place) = (invite.clone(), device.clone());
     let (edge, downloaded) = tokio::task::spawn_blocking(move || download_edge(&link, &place, None)).await??;
-    let cache = edge.encode(&data(edge.preprocess())?, |_, _| {}).await?;
+    let mut cache = edge.encode(&data(edge.preprocess())?, |_, _| {}).await?;
     let me = Participant {
         hello: Hello {
             federation: invite.federation.clone(),
@@ -173,7 +173,7 @@ pub async fn take_part<S: Keeper>(
             download: Some(downloaded.id),
         },
         edge: &edge,
-        cache: &cache,
+        cache: &mut cache,
         device: &device,
         max_tries,
         keep_every: KEEP_EVERY,

@@ -1,7 +1,7 @@
 //! `fednano serve`: page, edge weights and federations on one address.
 
 use super::SettingFlags;
-use crate::app::{App, FEATURE_CACHE, ServerSettings, bind, held_out_from};
+use crate::app::{App, HALF_OF_MEMORY, ServerSettings, bind, held_out_from};
 use crate::device::{ComputeDtype, DeviceChoice};
 use crate::fetch::resolve_model;
 use crate::llm_host::Order;
@@ -61,10 +61,11 @@ pub struct ServeFlags {
     /// whoever else is waiting, and whatever was interrupted.
     #[arg(long)]
     pub reproducible: bool,
-    /// Megabytes of participants' picture features that are kept in memory (mode low-rank), shared fairly; what is dropped for want of
-    /// room is asked for again.
-    #[arg(long, value_name = "MB", default_value_t = FEATURE_CACHE >> 20)]
-    pub feature_cache: usize,
+    /// Mebibytes (2^20 bytes) of participants' picture features that are kept in memory (mode low-rank), shared fairly; what is dropped
+    /// for want of room is asked for again. Without it, half of the memory that is available once the model is loaded, 1024 or more
+    /// (4096 where the system does not say).
+    #[arg(long, value_name = "MIB")]
+    pub feature_cache: Option<usize>,
 }
 
 /// Everything that [`run`] needs.
@@ -114,7 +115,7 @@ pub async fn run(options: ServeOptions) -> anyhow::Result<()> {
         held_out,
         evaluation_limit: flags.evaluation_limit,
         order: Order::Arrival { merge: !flags.reproducible },
-        feature_cache: flags.feature_cache.saturating_mul(1 << 20),
+        feature_cache: flags.feature_cache.map_or(HALF_OF_MEMORY, |mib| mib.saturating_mul(1 << 20)),
     };
     let shutdown = CancellationToken::new();
     let app = App::start(server, (&device, dtype), shutdown.clone()).await?;

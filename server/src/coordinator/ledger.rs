@@ -12,7 +12,8 @@ use std::sync::Arc;
 /// Connections that only ask, as one participant; the numbers of those who train begin at 1.
 pub(super) const ASKERS: ParticipantId = ParticipantId(0);
 
-/// Whoever reads a ledger from outside is told of so many of the newest rounds.
+/// Whoever reads a ledger or figures from outside is told of so many of the newest rounds: of figures, each makes series that the reader
+/// keeps.
 const NEWEST: usize = 100;
 
 /// Bytes that were sent under the id of a download since it was asked for last; none: the id is not known (any more).
@@ -25,11 +26,12 @@ pub struct Ledger {
     pub federation: String,
     /// All of it together.
     pub total: Traffic,
-    /// The same by round: 0 is what came before the first, [`AFTER`] what came after the last.
+    /// The same by round: 0 is what came before the first, each connection's handshake, and questions; [`AFTER`] what came after the
+    /// last.
     pub rounds: BTreeMap<u32, Traffic>,
     /// Participant by participant.
     pub participants: Vec<ParticipantLedger>,
-    /// Connections that only ask, together, by round.
+    /// Connections that only ask, together, by the round that they name: 0, unless a program names another.
     pub questions: BTreeMap<u32, Traffic>,
 }
 

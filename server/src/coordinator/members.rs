@@ -1,6 +1,6 @@
 //! Who takes part: joining, coming back, and what participants are told and shown.
 
-use super::{Account, Coordinator, Joined, LINES, OUTBOX, TELL, TELL_AT_LAST};
+use super::{Account, Coordinator, Federation, Joined, LINES, OUTBOX, TELL, TELL_AT_LAST};
 use crate::store::{Metrics, SavedParticipant};
 use fednano_shared::wire::{
     Fault, FaultCode, Hello, LocalEvaluation, ParticipantId, ParticipantStatus, ServerMessage, SessionToken, Status,
@@ -11,6 +11,9 @@ use tokio::sync::mpsc;
 /// Participants known to a federation, whether they are here or not: so many, or twice those that it needs to start. Each is in
 /// every status, and nothing else would bound what strangers can make a server keep.
 const MOST_PARTICIPANTS: usize = 2_000;
+/// Bytes that somebody is believed to have downloaded where nobody has counted them: a tebibyte. More would spoil the federation's sums
+/// for good.
+const MOST_DOWNLOADED: u64 = 1 << 40;
 
 /// One that has joined at some time.
 pub(super) struct Participant {
@@ -38,6 +41,19 @@ pub(super) enum Refused {
     Fault(Fault),
     /// It could not be written down.
     Disk(anyhow::Error),
+}
+
+/// Bytes of a download by the word of whoever made it.
+fn believed(bytes: u64) -> u64 {
+    bytes.min(MOST_DOWNLOADED)
+}
+
+impl Federation {
+    /// Bytes of a download that were sent since they were claimed last; none: nobody has counted it here. Those of participants are
+    /// claimed when they join.
+    pub fn claim_download(&self, id: &str) -> Option<u64> {
+        self.downloads.get().and_then(|claim| claim(id))
+    }
 }
 
 impl Coordinator {
@@ -92,7 +108,7 @@ impl Coordinator {
         match counted {
             Some(bytes) => p.account.download(bytes),
             // Counted by nobody here, or forgotten.
-            None => p.account.announced(hello.edge_bytes),
+            None => p.account.announced(believed(hello.edge_bytes)),
         }
         p.connection += 1;
         let connection = p.connection;
@@ -210,5 +226,22 @@ pub(super) fn unwritable(cause: &anyhow::Error) -> Fault {
         cause: format!("{cause:#}"),
         remedy: "the operator should mend that and start the server again; nothing that was acknowledged is lost"
             .into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_spoils_the_sums_by_its_word() {
+        let mut account = Account::default();
+        for _ in 0..2 {
+            account.announced(believed(u64::MAX));
+            assert_eq!(account.total().total(), MOST_DOWNLOADED);
+        }
+        account.download(7);
+        assert_eq!(account.total().total(), MOST_DOWNLOADED + 7, "counting goes on");
+        assert_eq!(believed(1_000_000), 1_000_000);
     }
 }

@@ -517,10 +517,14 @@ impl Coordinator {
     }
 
     fn refuse(&mut self, from: ParticipantId, round: u32, why: Refusal) {
-        // For a program they all mean that this update is done with, and to wait for what comes next.
+        // Its sender did not hear the first answer.
+        if why == Refusal::Counted {
+            return self.tell(from, ServerMessage::UpdateAccepted { round });
+        }
+        // For a program the others all mean that this update is done with, and to wait for what comes next.
         let fault = Fault {
             code: if why == Refusal::Finished { FaultCode::Finished } else { FaultCode::StaleRound },
-            cause: format!("the update for round {round} was not counted: {}", why.cause()),
+            cause: format!("the update was not counted: {}", why.cause()),
             remedy: why.remedy().into(),
         };
         self.tell(from, ServerMessage::UpdateRefused { round, fault });

@@ -1,5 +1,5 @@
 //! Finished runs on disk: one JSON object a line, appended when a run is done, found again by a hash of everything that decides its
-//! result. What was interrupted leaves at most half a line, which is removed.
+//! result. The file's form is the wire benchmark's too.
 
 use super::figures::Figures;
 use super::grid::Plan;
@@ -7,6 +7,7 @@ use super::merges::Rule;
 use anyhow::{Context, ensure};
 use fednano_shared::bundle::sha256_hex;
 use fednano_shared::settings::FederationSettings;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -77,20 +78,19 @@ fn text(settings: &FederationSettings) -> anyhow::Result<String> {
     Ok(text)
 }
 
-/// All finished runs of a file.
+/// A file of JSON objects, one a line. Half a line, which a kill may leave, is removed.
 #[derive(Debug)]
-pub struct Records {
+pub struct Lines {
     path: PathBuf,
     file: File,
-    all: BTreeMap<String, Record>,
 }
 
-impl Records {
-    /// Open (and make) a file.
+impl Lines {
+    /// Open (and make) a file; all that is in it.
     ///
     /// # Errors
     /// One that cannot be read or written, or has a line that is no run.
-    pub fn open(path: &Path) -> anyhow::Result<Self> {
+    pub fn open<T: DeserializeOwned>(path: &Path) -> anyhow::Result<(Self, Vec<T>)> {
         let unusable = || format!("cannot use {}", path.display());
         if let Some(folder) = path.parent() {
             std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
@@ -101,15 +101,44 @@ impl Records {
         if whole < text.len() {
             file.set_len(whole as u64).with_context(unusable)?;
         }
-        let mut all = BTreeMap::new();
+        let mut all = Vec::new();
         let lines = text.get(..whole).unwrap_or_default().split(|byte| *byte == b'\n');
         for (number, line) in (1..).zip(lines).filter(|(_, line)| !line.is_empty()) {
-            let record: Record = serde_json::from_slice(line).with_context(|| {
+            all.push(serde_json::from_slice(line).with_context(|| {
                 format!("line {number} of {} is no run; remove it, and the run is made again", path.display())
-            })?;
-            all.insert(record.key.clone(), record);
+            })?);
         }
-        Ok(Self { path: path.to_owned(), file, all })
+        Ok((Self { path: path.to_owned(), file }, all))
+    }
+
+    /// One more.
+    ///
+    /// # Errors
+    /// A full or read-only disk.
+    pub fn add(&mut self, line: &impl Serialize) -> anyhow::Result<()> {
+        let mut line = serde_json::to_vec(line)?;
+        line.push(b'\n');
+        // In one piece, so that nothing can come between.
+        let written = self.file.write_all(&line).and_then(|()| self.file.sync_data());
+        written.with_context(|| format!("cannot write {}; is the disk full?", self.path.display()))
+    }
+}
+
+/// All finished runs of a file.
+#[derive(Debug)]
+pub struct Records {
+    lines: Lines,
+    all: BTreeMap<String, Record>,
+}
+
+impl Records {
+    /// Open (and make) a file.
+    ///
+    /// # Errors
+    /// As [`Lines::open`].
+    pub fn open(path: &Path) -> anyhow::Result<Self> {
+        let (lines, all) = Lines::open::<Record>(path)?;
+        Ok(Self { lines, all: all.into_iter().map(|record| (record.key.clone(), record)).collect() })
     }
 
     /// A run by its key.
@@ -123,13 +152,9 @@ impl Records {
     /// A full or read-only disk.
     pub fn add(&mut self, record: Record) -> anyhow::Result<()> {
         ensure!(!self.all.contains_key(&record.key), "the run {} was made twice", record.name);
-        let mut line = serde_json::to_vec(&record)?;
+        self.lines.add(&record)?;
         // Whoever finds it later must see the very same numbers.
-        let record: Record = serde_json::from_slice(&line)?;
-        line.push(b'\n');
-        // In one piece, so that nothing can come between.
-        let written = self.file.write_all(&line).and_then(|()| self.file.sync_data());
-        written.with_context(|| format!("cannot write {}; is the disk full?", self.path.display()))?;
+        let record: Record = serde_json::from_slice(&serde_json::to_vec(&record)?)?;
         self.all.insert(record.key.clone(), record);
         Ok(())
     }

@@ -13,8 +13,6 @@ use std::sync::atomic::AtomicU64;
 
 /// What the text is.
 pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-/// Of so many of the newest rounds there are figures: each makes series that a reader keeps.
-const NEWEST: usize = 100;
 
 /// What there is to tell of a federation.
 pub(super) struct Figures {
@@ -22,7 +20,7 @@ pub(super) struct Figures {
     pub(super) status: Status,
     /// Bytes of everybody.
     pub(super) total: Traffic,
-    /// The same by round.
+    /// The same by round, the newest of them.
     pub(super) rounds: BTreeMap<u32, Traffic>,
 }
 
@@ -48,7 +46,7 @@ pub(super) fn text(federations: &[Figures]) -> Result<String, std::fmt::Error> {
             let labels = [own.clone(), vec![("participant", p.id.0.to_string())]].concat();
             count(&participants, &labels, &p.traffic);
         }
-        for (number, traffic) in by_round.iter().rev().take(NEWEST) {
+        for (number, traffic) in by_round {
             let name = if *number == AFTER { "after".to_owned() } else { number.to_string() };
             count(&rounds, &[own.clone(), vec![("round", name)]].concat(), traffic);
         }
@@ -65,7 +63,9 @@ pub(super) fn text(federations: &[Figures]) -> Result<String, std::fmt::Error> {
     };
     bytes("traffic", "Bytes of a federation by direction (up: to the server) and kind", all);
     bytes("participant_traffic", "The same of each participant", participants);
-    bytes("round_traffic", "The same of each round, everybody together; 'after' the last one", rounds);
+    let help = "The same of each of the newest rounds, everybody together; 0: before the first, handshakes and questions; \
+                after: after the last one";
+    bytes("round_traffic", help, rounds);
     registry.register("round", "Round under way, 0 before the first", round);
     registry.register("participants_connected", "Participants that are here", connected);
     registry.register(
@@ -102,6 +102,8 @@ mod tests {
         traffic
     }
 
+    const ROUNDS: u32 = 3;
+
     fn figures() -> Figures {
         let participant = ParticipantStatus {
             id: ParticipantId(4),
@@ -135,7 +137,7 @@ mod tests {
             history: vec![result],
             min_participants: 1,
         };
-        let rounds = (0..200).map(|round| (round, traffic(1))).chain([(AFTER, traffic(2))]).collect();
+        let rounds = (0..ROUNDS).map(|round| (round, traffic(1))).chain([(AFTER, traffic(2))]).collect();
         Figures { status, total: traffic(7), rounds }
     }
 
@@ -148,7 +150,8 @@ mod tests {
             "fednano_traffic_bytes_total{federation=\"demo\",direction=\"down\",kind=\"edge_bundle\"} 9",
             "fednano_participant_traffic_bytes_total{federation=\"demo\",participant=\"4\",direction=\"up\",kind=\"codes\"} 5",
             "fednano_round_traffic_bytes_total{federation=\"demo\",round=\"after\",direction=\"up\",kind=\"codes\"} 2",
-            "fednano_round_traffic_bytes_total{federation=\"demo\",round=\"199\",direction=\"up\",kind=\"codes\"} 1",
+            "fednano_round_traffic_bytes_total{federation=\"demo\",round=\"0\",direction=\"up\",kind=\"codes\"} 1",
+            "fednano_round_traffic_bytes_total{federation=\"demo\",round=\"2\",direction=\"up\",kind=\"codes\"} 1",
             "fednano_round{federation=\"demo\"} 3.0",
             "fednano_participants_connected{federation=\"demo\"} 1.0",
             "fednano_held_out_accuracy{federation=\"demo\"} 0.25",
@@ -156,7 +159,8 @@ mod tests {
         ] {
             assert!(text.lines().any(|found| found == line), "'{line}' is not in\n{text}");
         }
-        assert_eq!(text.matches("fednano_round_traffic_bytes_total").count(), 2 * NEWEST);
+        // In each direction one kind.
+        assert_eq!(text.matches("fednano_round_traffic_bytes_total").count(), 2 * (ROUNDS as usize + 1));
         assert!(text.ends_with("# EOF\n"));
         assert!(!text.contains("name"), "names of strangers are no labels");
     }

@@ -1,7 +1,8 @@
 //! Features of pictures that clients have sent, kept for those who sent them: encoded as they came, for all sessions together within
-//! one bound. Where room is needed, it is taken from owners that have more than their fair share (the bound over the owners), the least
-//! recently used picture first: nobody pushes out what others have within theirs. Whoever needs a picture holds it by its `Arc`, so
-//! nothing that is under way misses what is dropped; what is missed later is asked for again.
+//! one bound. Where room is needed, it is taken first from owners that are away, then from those that have more than their fair share
+//! (the bound over the owners that are here), the least recently used picture first: nobody pushes out what others that are here have
+//! within theirs. Whoever needs a picture holds it by its `Arc`, so nothing that is under way misses what is dropped; what is missed
+//! later is asked for again.
 
 use fednano_shared::wire::SessionToken;
 use fednano_shared::wire::numbers::{Packed, PictureKey};
@@ -13,6 +14,8 @@ const LEAST: usize = 256;
 /// Connections that only ask have at most this part of the room, all together: anybody may open any number of them, and whoever trains
 /// comes back to its pictures in every round.
 const ASKERS: usize = 16;
+/// That room is short is said at once, then when so many pictures were lost, and each time that these are twice as many.
+const SAID_AGAIN: u64 = 1 << 10;
 
 /// Whose pictures they are. Keys are short hashes, and features are private: nobody is given another's.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -40,8 +43,12 @@ struct Held {
 #[derive(Default)]
 struct Rack {
     shelves: HashMap<Owner, Shelf>,
+    /// Open connections of each owner that has some. Whoever has none may never come back.
+    here: HashMap<Owner, usize>,
     bytes: usize,
     clock: u64,
+    /// Pictures of owners that are here which were dropped, or not kept, for want of room.
+    lost: u64,
 }
 
 /// The pictures of one owner; it has some.
@@ -68,6 +75,24 @@ impl Held {
             Owner::Participant(_) => &mut self.participants,
             Owner::Connection(_) => &mut self.askers,
         }
+    }
+
+    /// Keep a picture, if there is room for it in `all` or can be made.
+    fn insert(&mut self, owner: &Owner, key: PictureKey, packed: Arc<Packed>, all: usize) {
+        self.rack(owner).remove(owner, key);
+        let (bytes, Self { participants, askers }) = (size(&packed), self);
+        let (rack, capacity) = match owner {
+            Owner::Participant(_) => (&mut *participants, all.saturating_sub(askers.bytes)),
+            Owner::Connection(_) => (&mut *askers, all / ASKERS),
+        };
+        // What is larger than all of the room is not kept, and no other picture is dropped for it.
+        if bytes > capacity || !rack.make_room(Some(owner), bytes, capacity) {
+            rack.lost += 1;
+            return;
+        }
+        rack.put(owner, key, packed);
+        // What askers have, participants have not. Somebody is above the share where all together are above the bound.
+        participants.make_room(None, 0, all.saturating_sub(askers.bytes));
     }
 }
 
@@ -105,20 +130,43 @@ impl Rack {
         while bytes > capacity || self.bytes > capacity - bytes {
             let Some((victim, key)) = self.victim(owner, bytes, capacity) else { return false };
             self.remove(&victim, key);
+            self.lost += u64::from(self.here.contains_key(&victim));
         }
         true
     }
 
-    /// The picture to go first: of the owners that have more than their share, counting what is to come, the least recently used.
+    /// The picture to go first: of the owners that are away, then of those that have more than their share, counting what is to come;
+    /// of these the least recently used.
     fn victim(&self, wants: Option<&Owner>, bytes: usize, capacity: usize) -> Option<(Owner, PictureKey)> {
+        let here = |owner: &Owner| self.here.contains_key(owner);
         let newcomer = wants.is_some_and(|owner| !self.shelves.contains_key(owner));
-        let share = capacity / (self.shelves.len() + usize::from(newcomer)).max(1);
-        let coming = |owner: &Owner| if wants == Some(owner) { bytes } else { 0 };
-        let above = self.shelves.iter().filter(|(owner, shelf)| shelf.bytes.saturating_add(coming(owner)) > share);
-        let oldest = above.filter_map(|(owner, shelf)| Some((owner, shelf.order.first_key_value()?)));
-        let (owner, (_, key)) = oldest.min_by_key(|(_, (used, _))| **used)?;
+        let sharing = self.shelves.keys().filter(|owner| here(owner)).count() + usize::from(newcomer);
+        let share = capacity / sharing.max(1);
+        let exceeds = |owner: &Owner, shelf: &Shelf| {
+            let coming = if wants == Some(owner) { bytes } else { 0 };
+            shelf.bytes.saturating_add(coming) > share
+        };
+        let may_go = self.shelves.iter().filter(|(owner, shelf)| !here(owner) || exceeds(owner, shelf));
+        let oldest = may_go.filter_map(|(owner, shelf)| Some((owner, shelf.order.first_key_value()?)));
+        let (owner, (_, key)) = oldest.min_by_key(|(owner, (used, _))| (here(owner), **used))?;
         Some((owner.clone(), *key))
     }
+
+    /// That the room is too small, for whoever can give more.
+    fn shortage(&self) -> String {
+        let pictures: usize = self.shelves.values().map(|shelf| shelf.pictures.len()).sum();
+        format!(
+            "participants' features of {} pictures found no room or were dropped, {pictures} with {} MiB are kept; what is missed is \
+             sent again whenever it is needed: give --feature-cache more MiB, or the federation a coarser feature_format",
+            self.lost,
+            self.bytes >> 20
+        )
+    }
+}
+
+/// Is it to be said that so many pictures were lost?
+fn worth_saying(lost: u64) -> bool {
+    lost == 1 || (lost >= SAID_AGAIN && lost.is_power_of_two())
 }
 
 impl FeatureStore {
@@ -145,22 +193,34 @@ impl FeatureStore {
         Some(packed)
     }
 
-    /// Keep a picture, if there is room for it or can be made.
+    /// A connection of this owner has begun.
+    pub fn arrive(&self, owner: &Owner) {
+        *self.held().rack(owner).here.entry(owner.clone()).or_default() += 1;
+    }
+
+    /// One has ended. What an owner has that is away stays only as long as nobody else needs the room.
+    pub fn depart(&self, owner: &Owner) {
+        let mut held = self.held();
+        let here = &mut held.rack(owner).here;
+        if let Some(open) = here.get_mut(owner) {
+            *open -= 1;
+            if *open == 0 {
+                here.remove(owner);
+            }
+        }
+    }
+
+    /// Keep a picture, if there is room for it or can be made; where there is not enough for participants, the operator is told.
     pub fn insert(&self, owner: &Owner, key: PictureKey, packed: Arc<Packed>) {
         let mut held = self.held();
-        held.rack(owner).remove(owner, key);
-        let (bytes, Held { participants, askers }) = (size(&packed), &mut *held);
-        let (rack, capacity) = match owner {
-            Owner::Participant(_) => (&mut *participants, self.capacity.saturating_sub(askers.bytes)),
-            Owner::Connection(_) => (&mut *askers, self.capacity / ASKERS),
-        };
-        // For what does not fit anyway nothing is dropped.
-        if bytes > capacity || !rack.make_room(Some(owner), bytes, capacity) {
-            return;
+        let before = held.participants.lost;
+        held.insert(owner, key, packed, self.capacity);
+        let participants = &held.participants;
+        let words = (before + 1..=participants.lost).any(worth_saying).then(|| participants.shortage());
+        drop(held); // a log may be slow
+        if let Some(words) = words {
+            tracing::warn!("{words}");
         }
-        rack.put(owner, key, packed);
-        // What askers have, participants have not. Somebody is above the share where all together are above the bound.
-        participants.make_room(None, 0, self.capacity.saturating_sub(askers.bytes));
     }
 
     /// This owner needs its pictures no more.
@@ -194,6 +254,19 @@ mod tests {
         Owner::Participant(SessionToken(name.into()))
     }
 
+    /// One that is here.
+    fn arrived(store: &FeatureStore, owner: Owner) -> Owner {
+        store.arrive(&owner);
+        owner
+    }
+
+    /// A store of this size, and owners that are here.
+    fn with<const N: usize>(bytes: usize, names: [&str; N]) -> (FeatureStore, [Owner; N]) {
+        let store = FeatureStore::new(bytes);
+        let owners = names.map(|name| arrived(&store, owner(name)));
+        (store, owners)
+    }
+
     /// Put in pictures of 1,000 bytes with these keys.
     fn put(store: &FeatureStore, owner: &Owner, keys: std::ops::Range<u64>) {
         keys.for_each(|key| store.insert(owner, PictureKey(key), packed(1000, 0)));
@@ -208,7 +281,7 @@ mod tests {
 
     #[test]
     fn the_least_recently_used_is_dropped_first() {
-        let (store, a, b) = (FeatureStore::new(3000), owner("a"), owner("b"));
+        let (store, [a, b]) = with(3000, ["a", "b"]);
         for key in 1..=2 {
             store.insert(&a, PictureKey(key), packed(1000, key as u8));
         }
@@ -236,7 +309,7 @@ mod tests {
 
     #[test]
     fn nobody_pushes_out_what_others_have_within_their_share() {
-        let (store, greedy, modest) = (FeatureStore::new(6000), owner("greedy"), owner("modest"));
+        let (store, [greedy, modest, third]) = with(6000, ["greedy", "modest", "third"]);
         put(&store, &modest, 1..3);
         put(&store, &greedy, 1..5);
         assert_eq!(store.size(), (6, 6000));
@@ -247,19 +320,19 @@ mod tests {
         put(&store, &modest, 3..10);
         assert_eq!((here(&store, &modest), here(&store, &greedy)), (vec![7, 8, 9], vec![47, 48, 49]));
         // A third one: a third each.
-        put(&store, &owner("third"), 1..10);
+        put(&store, &third, 1..10);
         assert_eq!((here(&store, &modest), here(&store, &greedy)), (vec![8, 9], vec![48, 49]));
-        assert_eq!((here(&store, &owner("third")), store.size()), (vec![8, 9], (6, 6000)));
+        assert_eq!((here(&store, &third), store.size()), (vec![8, 9], (6, 6000)));
         // Who is gone leaves its room to the others.
         store.forget(&greedy);
         put(&store, &modest, 10..20);
-        assert_eq!((here(&store, &modest), here(&store, &owner("third"))), (vec![16, 17, 18, 19], vec![8, 9]));
+        assert_eq!((here(&store, &modest), here(&store, &third)), (vec![16, 17, 18, 19], vec![8, 9]));
     }
 
     #[test]
     fn of_several_above_their_share_the_oldest_picture_goes() {
         // Four owners, for whom there is not a picture each: a picture has been used, so it stays.
-        let (store, owners) = (FeatureStore::new(3500), ["a", "b", "c", "d"].map(owner));
+        let (store, owners) = with(3500, ["a", "b", "c", "d"]);
         for one in &owners[..3] {
             put(&store, one, 1..2);
         }
@@ -267,7 +340,7 @@ mod tests {
         put(&store, &owners[3], 1..2);
         assert_eq!(owners.each_ref().map(|one| here(&store, one).len()), [1, 0, 1, 1]);
         // What would fit only at the cost of others' shares is not kept, and takes nothing from them.
-        let (store, [a, b, c, _]) = (FeatureStore::new(3000), owners);
+        let (store, [a, b, c]) = with(3000, ["a", "b", "c"]);
         put(&store, &a, 1..2);
         put(&store, &b, 1..2);
         store.insert(&c, PictureKey(1), packed(1500, 0));
@@ -275,9 +348,66 @@ mod tests {
     }
 
     #[test]
+    fn who_is_away_has_no_share() {
+        let (store, [gone, stays]) = with(6000, ["gone", "stays"]);
+        put(&store, &stays, 1..3);
+        put(&store, &gone, 1..5);
+        // One of its two connections has ended.
+        store.arrive(&gone);
+        store.depart(&gone);
+        put(&store, &stays, 3..5);
+        assert_eq!((here(&store, &gone), here(&store, &stays)), (vec![2, 3, 4], vec![2, 3, 4]));
+        // Away, it keeps what nobody needs the room for.
+        store.depart(&gone);
+        put(&store, &stays, 5..7);
+        assert_eq!((here(&store, &gone), here(&store, &stays)), (vec![4], vec![2, 3, 4, 5, 6]));
+        assert!(store.get(&gone, PictureKey(4)).is_some());
+        put(&store, &stays, 7..9);
+        assert_eq!((here(&store, &gone), here(&store, &stays)), (vec![], vec![3, 4, 5, 6, 7, 8]));
+        // It comes back to its share.
+        store.arrive(&gone);
+        put(&store, &gone, 1..10);
+        assert_eq!((here(&store, &gone), here(&store, &stays)), (vec![7, 8, 9], vec![6, 7, 8]));
+    }
+
+    #[test]
+    fn who_is_away_gives_before_who_has_too_much() {
+        let (store, [large, gone, new]) = with(4000, ["large", "gone", "new"]);
+        put(&store, &large, 1..4);
+        put(&store, &gone, 1..2);
+        store.depart(&gone);
+        put(&store, &new, 1..2);
+        assert_eq!([&large, &gone, &new].map(|one| here(&store, one).len()), [3, 0, 1]);
+        put(&store, &new, 2..3);
+        assert_eq!([&large, &gone, &new].map(|one| here(&store, one).len()), [2, 0, 2]);
+    }
+
+    #[test]
+    fn participants_that_are_here_and_lose_pictures_are_counted() {
+        let (store, [a, b]) = with(3000, ["a", "b"]);
+        let lost = || store.held().participants.lost;
+        put(&store, &b, 1..4);
+        store.depart(&b);
+        put(&store, &a, 1..4);
+        assert_eq!(lost(), 0, "nobody who is here has lost any");
+        put(&store, &a, 4..6);
+        assert_eq!(lost(), 2);
+        store.insert(&a, PictureKey(9), packed(3001, 0));
+        assert_eq!(lost(), 3, "what is not kept is lost");
+        store.insert(&arrived(&store, Owner::Connection(1)), PictureKey(1), packed(1000, 0));
+        assert_eq!(lost(), 3, "askers have their part");
+        let words = store.held().participants.shortage();
+        let all = ["of 3 pictures", "3 with 0 MiB", "--feature-cache", "feature_format"];
+        assert!(all.iter().all(|word| words.contains(word)), "{words}");
+        let said: Vec<u64> = (0..5000).filter(|lost| worth_saying(*lost)).collect();
+        assert_eq!(said, [1, 1024, 2048, 4096]);
+    }
+
+    #[test]
     fn who_only_asks_has_a_small_part() {
-        let (store, trains) = (FeatureStore::new(32_000), owner("a"));
+        let (store, [trains]) = with(32_000, ["a"]);
         let asking = |number: u64| Owner::Connection(number);
+        (0..=30).for_each(|number| store.arrive(&asking(number)));
         put(&store, &trains, 1..40);
         assert_eq!(store.size(), (32, 32_000));
         // Two pictures, of however many connections; a participant has the rest.
@@ -298,7 +428,7 @@ mod tests {
 
     #[test]
     fn what_is_sent_again_takes_its_own_place() {
-        let (store, a) = (FeatureStore::new(2000), owner("a"));
+        let (store, [a]) = with(2000, ["a"]);
         store.insert(&a, PictureKey(1), packed(1000, 1));
         store.insert(&a, PictureKey(2), packed(1000, 2));
         store.insert(&a, PictureKey(1), packed(900, 3));
@@ -309,7 +439,7 @@ mod tests {
 
     #[test]
     fn owners_are_forgotten_alone_and_small_ones_count() {
-        let (store, one, two) = (FeatureStore::new(10 * LEAST), owner("one"), owner("two"));
+        let (store, [one, two]) = with(10 * LEAST, ["one", "two"]);
         for key in 0..50 {
             store.insert(&one, PictureKey(key), packed(1, 0));
         }

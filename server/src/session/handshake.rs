@@ -61,6 +61,9 @@ where
     };
     let mut session = Session::new(federation.clone(), means, meter);
     let welcome = if only_asks(&hello) {
+        // As of those who join, but for the bytes that nobody has counted here: who only asks is not believed.
+        let downloaded = hello.download.as_deref().and_then(|id| federation.claim_download(id));
+        session.meter.download(downloaded.unwrap_or(0));
         ServerMessage::Welcome {
             participant: ParticipantId(0),
             token: wire::SessionToken(String::new()),
@@ -85,6 +88,7 @@ where
             agreement,
         }
     };
+    shared.features.arrive(&session.owner);
     if session.send(socket, welcome).await.is_err() {
         // As any lost connection: what has come over it counts.
         session.finish(End::Lost, shared).await;

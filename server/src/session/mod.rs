@@ -22,6 +22,7 @@ use features::{FeatureStore, Owner};
 use fednano_shared::boundary::Pair;
 use fednano_shared::ledger::Meter;
 use fednano_shared::plain::TensorBlob;
+use fednano_shared::settings::Strategy;
 use fednano_shared::wire::convert::Shapes;
 use fednano_shared::wire::{self, ClientMessage, Fault, FaultCode, ParticipantId, ServerMessage};
 use futures_util::stream::{FuturesUnordered, StreamExt};
@@ -39,7 +40,7 @@ use tokio_util::sync::CancellationToken;
 
 /// Requests of one session that wait or are under way; one more is refused. Clients have two at most.
 const IN_FLIGHT: usize = 4;
-/// A peer that takes nothing for so long is gone.
+/// A peer that takes nothing for so long is gone. A large frame may take longer: [`time_for`].
 const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 /// After its goodbye a peer has so long to close its end too.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -146,37 +147,39 @@ pub async fn run_with<S>(mut socket: S, shared: Shared, signs: SignsOfLife)
 where
     S: Stream<Item = Result<Vec<u8>, SocketFault>> + Sink<Vec<u8>> + Unpin + Send,
 {
-    let mut farewell = false;
     match handshake::handshake(&mut socket, &shared).await {
         Ok(Some(mut session)) => {
             let end = session.serve(&mut socket, &shared, signs).await;
-            farewell = end != End::Lost;
             session.finish(end, &shared).await;
         }
         Ok(None) => {}
-        // Its federation has stopped already: it should come back, not give up.
+        // The peer may be gone already; the session ends either way. Where its federation has stopped already it should come back, not
+        // give up.
         Err(_) if shared.shutdown.is_cancelled() => {
-            drop(socket.send(wire::encode(&ServerMessage::Closing(closing()))).await);
+            let _ = write(&mut socket, wire::encode(&ServerMessage::Closing(closing()))).await;
         }
         Err(fault) => {
-            // The peer may be gone already; the session ends either way.
             let _ = write(&mut socket, refusal(fault).1).await;
         }
     }
     drop(tokio::time::timeout(WRITE_TIMEOUT, socket.close()).await);
-    if farewell {
-        // Dropped before the peer has closed its end, a socket may take with it what the peer has not read yet.
-        let closed = async {
-            use SocketFault::{Closed, TooLarge};
-            while !matches!(socket.next().await, None | Some(Err(Closed | TooLarge))) {}
-        };
-        drop(tokio::time::timeout(FAREWELL, closed).await);
-    }
+    // Dropped before the peer has closed its end, a socket may take with it what the peer has not read yet, a refusal above all. One
+    // that is broken says so at once.
+    let closed = async {
+        use SocketFault::{Closed, TooLarge};
+        while !matches!(socket.next().await, None | Some(Err(Closed | TooLarge))) {}
+    };
+    drop(tokio::time::timeout(FAREWELL, closed).await);
+}
+
+/// How long a frame may take: what it takes over a line of half a megabit a second, and [`WRITE_TIMEOUT`].
+fn time_for(bytes: usize) -> Duration {
+    WRITE_TIMEOUT + Duration::from_secs((bytes >> 16) as u64)
 }
 
 /// Send one frame; an empty one asks for a sign of life.
 async fn write<S: Sink<Vec<u8>> + Unpin>(socket: &mut S, frame: Vec<u8>) -> Result<(), ()> {
-    match tokio::time::timeout(WRITE_TIMEOUT, socket.send(frame)).await {
+    match tokio::time::timeout(time_for(frame.len()), socket.send(frame)).await {
         Ok(Ok(())) => Ok(()),
         _ => Err(()),
     }
@@ -237,6 +240,19 @@ enum End {
     Lost,
 }
 
+impl End {
+    /// Nobody comes back to train: the participant has left, or all rounds are done. Then who ends with adapters of its own may still
+    /// come back for these.
+    fn is_for_good(self, round: u32, strategy: Strategy) -> bool {
+        let over = round == AFTER_ROUNDS;
+        match self {
+            Self::Left => true,
+            Self::Parted => over,
+            Self::Lost => over && !strategy.personal(),
+        }
+    }
+}
+
 struct Session {
     federation: Federation,
     means: Means,
@@ -252,7 +268,7 @@ struct Session {
     waiting: Vec<Arrived>,             // for pictures, oldest first
     up: Option<Arc<Pair<TensorBlob>>>, // matrices as last sent
     groups: Groups,
-    text: Option<u64>, // key of the text that this connection generates
+    text: Option<u64>, // key of this connection's texts, of which there is one at a time
 }
 
 /// A number that nothing else in this process has.
@@ -289,7 +305,7 @@ impl Session {
                     if let Err(fault) = taken {
                         let (message, frame) = refusal(fault);
                         let bytes = frame.len();
-                        if write(socket, frame).await.is_ok() {
+                        if self.write(socket, frame).await.is_ok() {
                             self.meter.down(&message, bytes);
                         }
                         return End::Lost;
@@ -315,7 +331,7 @@ impl Session {
                     }
                     if asked.elapsed().min(heard.elapsed()) > signs.beat {
                         asked = Instant::now();
-                        if write(socket, Vec::new()).await.is_err() {
+                        if self.write(socket, Vec::new()).await.is_err() {
                             return End::Lost;
                         }
                     }
@@ -375,7 +391,7 @@ impl Session {
                 let generated = means.generate((id, text), (past, hidden, positions), sampling, llm);
                 self.in_flight.push(Box::pin(generated));
             }
-            ClientMessage::StopGenerating => self.end_text(shared).await,
+            ClientMessage::StopGenerating => self.forget_text(shared).await,
             ClientMessage::Leave | ClientMessage::Bye => {} // `serve` has taken them
         }
         Ok(())
@@ -400,7 +416,7 @@ impl Session {
             frame = wire::encode(&message);
         }
         let bytes = frame.len();
-        write(socket, frame).await?;
+        self.write(socket, frame).await?;
         self.meter.down(&message, bytes);
         match message {
             ServerMessage::Round { round, .. } | ServerMessage::Wait { round, .. } => self.announced(round),
@@ -408,6 +424,19 @@ impl Session {
             _ => {}
         }
         Ok(())
+    }
+
+    /// Send one frame. Requests under way go on meanwhile, and give back their room when they are computed: a peer that does not read
+    /// would keep it from all others. Their answers wait to be sent; as nothing is read meanwhile, they are few.
+    async fn write<S: Sink<Vec<u8>> + Unpin>(&mut self, socket: &mut S, frame: Vec<u8>) -> Result<(), ()> {
+        let mut writing = std::pin::pin!(write(socket, frame));
+        loop {
+            tokio::select! {
+                biased;
+                written = &mut writing => return written,
+                Some(computed) = self.in_flight.next() => self.answer(computed),
+            }
+        }
     }
 
     /// Hand the bytes counted so far to the federation.
@@ -420,10 +449,13 @@ impl Session {
 
     /// The connection is over: leave nothing behind that nobody needs, and say so.
     async fn finish(&mut self, end: End, shared: &Shared) {
+        // Nobody waits for these any more, and they take room.
+        self.in_flight = FuturesUnordered::new();
+        self.waiting.clear();
         self.report().await;
-        self.end_text(shared).await;
-        let done = end == End::Left || (end == End::Parted && self.round == AFTER_ROUNDS);
-        if self.id.is_none() || done {
+        self.forget_text(shared).await;
+        shared.features.depart(&self.owner);
+        if self.id.is_none() || end.is_for_good(self.round, self.federation.settings().strategy) {
             shared.features.forget(&self.owner);
         }
         if let Some(id) = self.id {
@@ -436,9 +468,10 @@ impl Session {
         }
     }
 
-    /// Let the host forget this connection's text.
-    async fn end_text(&mut self, shared: &Shared) {
-        if let Some(text) = self.text.take() {
+    /// Let the host forget this connection's text. Its key stays: a request for it may reach the host only after this, and what that
+    /// leaves there is gone on with, or forgotten at the end.
+    async fn forget_text(&mut self, shared: &Shared) {
+        if let Some(text) = self.text {
             shared.llm.forget(text).await;
         }
     }
@@ -449,5 +482,30 @@ async fn next(outbox: &mut Option<mpsc::Receiver<ServerMessage>>) -> Option<Serv
     match outbox {
         Some(outbox) => outbox.recv().await,
         None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_may_come_back_to_train_keeps_its_pictures() {
+        let of = |end: End| {
+            let rounds = [3, AFTER_ROUNDS].map(|round| end.is_for_good(round, Strategy::FedAvg));
+            (rounds, end.is_for_good(AFTER_ROUNDS, Strategy::FedDpaF))
+        };
+        assert_eq!(of(End::Left), ([true, true], true));
+        assert_eq!(of(End::Parted), ([false, true], true));
+        // A tab that is closed says no goodbye.
+        assert_eq!(of(End::Lost), ([false, true], false));
+    }
+
+    #[test]
+    fn a_frame_has_time_for_its_length() {
+        assert_eq!(time_for(0), WRITE_TIMEOUT);
+        assert_eq!(time_for(65_535), WRITE_TIMEOUT);
+        // The largest, over a line of 1 Mbit/s.
+        assert!(time_for(wire::MAX_FRAME) > Duration::from_secs(wire::MAX_FRAME as u64 * 8 / 1_000_000));
     }
 }

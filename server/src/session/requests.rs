@@ -4,7 +4,7 @@
 use super::groups::Slot;
 use super::{IN_FLIGHT, Session, Shared};
 use crate::coordinator::AFTER_ROUNDS;
-use crate::llm_host::LlmHandle;
+use crate::llm_host::{LlmHandle, POSITIONS};
 use crate::text_table::TextTable;
 use fednano_shared::boundary::{BoundaryReply, BoundaryRequest, EvaluationReply, Gradient, Pair};
 use fednano_shared::generate::{GenerateRequest, NextToken, Sampling};
@@ -27,6 +27,9 @@ const ROOM: usize = 8 << 30;
 const PIECE: usize = 1 << 20;
 /// Work on more bytes than these holds up a thread of the runtime for too long.
 const HEAVY: usize = 1 << 20;
+/// Features that come let a request wait anew for the others, until it has waited so many times as long as it may without any, and once
+/// more for each picture that was called for: over a slow line each may take that long.
+const WAITS: u32 = 5;
 
 /// Memory for unpacked requests.
 #[derive(Clone)]
@@ -104,6 +107,10 @@ pub(super) struct Arrived {
     pub(super) missing: BTreeSet<PictureKey>,
     /// When features came last over its connection, or itself.
     pub(super) since: Instant,
+    /// When it came itself.
+    pub(super) begun: Instant,
+    /// Pictures that it lacked then.
+    pub(super) called_for: u32,
 }
 
 /// What has become of a request.
@@ -120,6 +127,11 @@ impl Arrived {
         if self.missing.remove(&key) {
             self.pictures.insert(key, packed.clone());
         }
+    }
+
+    /// How long it may wait in all.
+    fn most(&self, limit: Duration) -> Duration {
+        limit.saturating_mul(WAITS.saturating_add(self.called_for))
     }
 
     /// Compute it; nothing must be missing.
@@ -146,7 +158,7 @@ impl Means {
         up: Option<Arc<Pair<TensorBlob>>>,
         pictures: &BTreeMap<PictureKey, Arc<Packed>>,
     ) -> Result<(Option<OwnedSemaphorePermit>, BoundaryRequest), Fault> {
-        let bytes = request.measure(self.shape)?.saturating_mul(size_of::<f32>());
+        let bytes = unpacked_bytes(request.measure(self.shape)?, self.agreement.deflate);
         let room = self.room.take(bytes).await;
         let unpack = || {
             let token = |id: u32, out: &mut [f32]| self.table.row_into(self.form, id, out);
@@ -166,7 +178,7 @@ impl Means {
         let dim = self.shape.dim;
         // Whoever only claims to send much must not take all room.
         let bytes = match measure_hidden(positions, dim) {
-            Ok(values) => values.saturating_mul(size_of::<f32>()),
+            Ok(values) => unpacked_bytes(values, self.agreement.deflate),
             Err(fault) => return Computed::Generated(id, Err(fault)),
         };
         let _room = self.room.take(bytes).await;
@@ -176,6 +188,11 @@ impl Means {
         };
         Computed::Generated(id, next)
     }
+}
+
+/// Bytes that so many values take while they are unpacked: what came deflated is there twice.
+fn unpacked_bytes(values: usize, deflate: bool) -> usize {
+    values.saturating_mul(size_of::<f32>()).saturating_mul(1 + usize::from(deflate))
 }
 
 impl Session {
@@ -202,7 +219,10 @@ impl Session {
                     self.outgoing.push_back(ServerMessage::Missing { id, pictures });
                 }
                 let (up, since) = (self.up.clone(), Instant::now());
-                self.waiting.push(Arrived { id, round, asked, request, up, pictures, missing, since });
+                let called_for = u32::try_from(missing.len()).unwrap_or(u32::MAX);
+                let arrived =
+                    Arrived { id, round, asked, request, up, pictures, missing, since, begun: since, called_for };
+                self.waiting.push(arrived);
                 self.go_on(shared);
             }
             Err(fault) => {
@@ -226,6 +246,9 @@ impl Session {
                 self.up = None;
                 return Err(fault);
             }
+        }
+        if self.id.is_none() {
+            within_positions(request)?;
         }
         if trains && self.id.is_some() && !self.takes(round) {
             return Err(self.stale(round));
@@ -259,13 +282,16 @@ impl Session {
                 remedy: "send what was agreed; reload the page or update the older program".into(),
             });
         }
+        let any = !pictures.is_empty();
         for (key, packed) in pictures {
             check_features(&packed, &self.means.agreement, self.means.shape)?;
             let packed = Arc::new(packed);
             self.waiting.iter_mut().for_each(|arrived| arrived.fill(key, &packed));
             shared.features.insert(&self.owner, key, packed);
         }
-        self.wait_anew();
+        if any {
+            self.wait_anew();
+        }
         self.go_on(shared);
         Ok(())
     }
@@ -348,7 +374,7 @@ impl Session {
     }
 
     /// Those that wait have their whole time again. Any features count: a client sends what its next request needs first, and what
-    /// another one lacks.
+    /// another one lacks. Not for ever: what waits holds features that no bound counts ([`overdue`]).
     pub(super) fn wait_anew(&mut self) {
         let now = Instant::now();
         self.waiting.iter_mut().for_each(|arrived| arrived.since = now);
@@ -358,9 +384,13 @@ impl Session {
     pub(super) fn give_up_overdue(&mut self, limit: Duration) {
         for arrived in overdue(&mut self.waiting, limit) {
             let lacking = arrived.missing.len();
+            let came = match arrived.since.elapsed() >= limit {
+                true => format!("none came within {limit:?}"),
+                false => format!("did not come within {:?}", arrived.most(limit)),
+            };
             let fault = Fault {
                 code: FaultCode::OutOfOrder,
-                cause: format!("features of {lacking} pictures were called for, and none came within {limit:?}"),
+                cause: format!("features of {lacking} pictures were called for, and {came}"),
                 remedy: "send what is called for with 'Missing'; over a slow line the operator should set a coarser feature_format"
                     .into(),
             };
@@ -403,9 +433,10 @@ fn complete(waiting: &mut Vec<Arrived>, in_order: bool) -> Vec<Arrived> {
     ready
 }
 
-/// Take out those that lack something and have waited for it for so long.
+/// Take out those that lack something and have waited for it for so long, or for too long in all.
 fn overdue(waiting: &mut Vec<Arrived>, limit: Duration) -> Vec<Arrived> {
-    let late = |arrived: &Arrived| !arrived.missing.is_empty() && arrived.since.elapsed() >= limit;
+    let long = |arrived: &Arrived| arrived.since.elapsed() >= limit || arrived.begun.elapsed() >= arrived.most(limit);
+    let late = |arrived: &Arrived| !arrived.missing.is_empty() && long(arrived);
     let (late, rest) = std::mem::take(waiting).into_iter().partition(late);
     *waiting = rest;
     late
@@ -438,6 +469,25 @@ fn within_rank(request: &WireRequest, settings: &FederationSettings, trains: boo
     })
 }
 
+/// Check that a request of a connection that only asks has no more positions than go through the layers at once. Anybody may open such
+/// a connection, and token ids are so short that a small frame could occupy the LLM for hours.
+///
+/// # Errors
+/// A [`Fault`] for the client.
+fn within_positions(request: &WireRequest) -> Result<(), Fault> {
+    let positions: u64 = request.lengths.iter().map(|length| u64::from(*length)).sum();
+    if positions <= POSITIONS as u64 {
+        return Ok(());
+    }
+    Err(Fault {
+        code: FaultCode::TooLarge,
+        cause: format!(
+            "the request has {positions} positions, a connection that only asks may send {POSITIONS} at once"
+        ),
+        remedy: "ask for fewer or shorter rows at a time, or join as a participant".into(),
+    })
+}
+
 /// About the bytes of a reply's own tensors, unpacked; the sums of its group are smaller.
 fn size(reply: &BoundaryReply) -> usize {
     let values = match &reply.gradient {
@@ -448,123 +498,4 @@ fn size(reply: &BoundaryReply) -> usize {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::session::features::{FeatureStore, Owner};
-    use fednano_shared::boundary::{Place, Want};
-    use fednano_shared::settings::Format;
-    use fednano_shared::wire::{Matrices, SessionToken};
-    use tokio::time::timeout;
-
-    fn block<F: Future>(future: F) -> F::Output {
-        tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(future)
-    }
-
-    #[test]
-    fn room_is_given_back() {
-        block(async {
-            let room = Room::new(3 * PIECE);
-            let short = Duration::from_millis(20);
-            let first = room.take(2 * PIECE).await;
-            assert!(first.is_some());
-            assert!(timeout(short, room.take(PIECE + 1)).await.is_err(), "there was more room than there is");
-            let second = timeout(short, room.take(1)).await.unwrap();
-            drop((first, second));
-            assert!(timeout(short, room.take(3 * PIECE)).await.unwrap().is_some());
-            assert!(Room::unlimited().take(usize::MAX).await.is_none());
-        });
-    }
-
-    fn packed(fill: u8) -> Arc<Packed> {
-        Arc::new(Packed { format: Format::F32, deflated: false, bytes: vec![fill; 1000] })
-    }
-
-    /// A request that lacks these pictures.
-    fn lacking(id: u64, keys: &[PictureKey]) -> Arrived {
-        let input = WireInput::Hidden((*packed(0)).clone());
-        let request =
-            WireRequest { input, lengths: Vec::new(), targets: Vec::new(), want: Want::Gradient, place: Place::ALONE };
-        let (asked, pictures) = (Asked::Judgement, BTreeMap::new());
-        let missing = keys.iter().copied().collect();
-        Arrived { id, round: 1, asked, request, up: None, pictures, missing, since: Instant::now() }
-    }
-
-    #[test]
-    fn in_lockstep_nobody_goes_ahead() {
-        let ids = |all: &[Arrived]| all.iter().map(|arrived| arrived.id).collect::<Vec<u64>>();
-        for (in_order, ready, left) in [(false, vec![1, 3], vec![2]), (true, vec![1], vec![2, 3])] {
-            let mut waiting = vec![lacking(1, &[]), lacking(2, &[PictureKey(7)]), lacking(3, &[])];
-            assert_eq!(ids(&complete(&mut waiting, in_order)), ready);
-            assert_eq!(ids(&waiting), left);
-            waiting.iter_mut().for_each(|arrived| arrived.fill(PictureKey(7), &packed(1)));
-            assert_eq!(ids(&complete(&mut waiting, in_order)), left);
-            assert!(waiting.is_empty());
-        }
-    }
-
-    #[test]
-    fn a_request_holds_what_comes_for_it() {
-        let (store, owner) = (FeatureStore::new(1000), Owner::Participant(SessionToken("a".into())));
-        let keys = [1, 2, 3].map(PictureKey);
-        let mut arrived = lacking(1, &keys[..2]);
-        for (fill, key) in (1..).zip(keys) {
-            let packed = packed(fill);
-            arrived.fill(key, &packed);
-            store.insert(&owner, key, packed);
-        }
-        // The store had room for one; the request has both of its own, and none that it did not ask for.
-        assert!(store.get(&owner, keys[0]).is_none() && store.get(&owner, keys[2]).is_some());
-        assert!(arrived.missing.is_empty());
-        assert_eq!(arrived.pictures, BTreeMap::from([(keys[0], packed(1)), (keys[1], packed(2))]));
-        // What comes again later is not mixed in.
-        arrived.fill(keys[0], &packed(9));
-        assert_eq!(arrived.pictures.get(&keys[0]), Some(&packed(1)));
-    }
-
-    #[test]
-    fn nothing_waits_for_ever() {
-        let ids = |all: &[Arrived]| all.iter().map(|arrived| arrived.id).collect::<Vec<u64>>();
-        let mut waiting = vec![lacking(1, &[PictureKey(7)]), lacking(2, &[]), lacking(3, &[PictureKey(8)])];
-        assert!(overdue(&mut waiting, Duration::from_secs(3600)).is_empty());
-        assert_eq!(ids(&waiting), [1, 2, 3]);
-        // What lacks nothing is not late: it stands behind another one. Nor is what waits anew.
-        std::thread::sleep(Duration::from_millis(20));
-        waiting[2].since = Instant::now() + Duration::from_secs(3600);
-        assert_eq!(ids(&overdue(&mut waiting, Duration::from_millis(10))), [1]);
-        assert_eq!(ids(&waiting), [2, 3]);
-    }
-
-    #[test]
-    fn adapters_are_no_larger_than_the_federations() {
-        let of = |rank: u32| {
-            let codes = Pair { image: None, text: None };
-            let input = WireInput::Codes { rows: Vec::new(), rank, codes, up: Matrices::Same };
-            WireRequest { input, ..lacking(1, &[]).request }
-        };
-        let plain = FederationSettings { rank: 4, ..Default::default() };
-        let personal = FederationSettings { strategy: Strategy::FedDpaF, ..plain.clone() };
-        for (settings, trains, most) in
-            [(&plain, true, 4), (&plain, false, 4), (&personal, true, 4), (&personal, false, 8)]
-        {
-            for rank in [0, 1, most] {
-                assert_eq!(within_rank(&of(rank), settings, trains), Ok(()));
-            }
-            for rank in [most + 1, u32::MAX] {
-                let fault = within_rank(&of(rank), settings, trains).unwrap_err();
-                assert_eq!(fault.code, FaultCode::Invalid);
-                assert!(fault.cause.contains(&format!("rank {rank}, this federation takes {most}")), "{fault}");
-                assert!(!fault.remedy.is_empty());
-            }
-        }
-        assert_eq!(within_rank(&lacking(1, &[]).request, &plain, true), Ok(()));
-    }
-
-    #[test]
-    fn heavy_work_is_done_in_any_runtime() {
-        assert_eq!(heavy(usize::MAX, || 7), 7);
-        block(async { assert_eq!(heavy(usize::MAX, || 7), 7) });
-        let threads = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().unwrap();
-        let spawned = threads.spawn(async { heavy(usize::MAX, || 7) });
-        assert_eq!(threads.block_on(spawned).unwrap(), 7);
-    }
-}
+mod tests;

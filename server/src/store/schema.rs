@@ -92,7 +92,8 @@ CREATE TABLE strategy_state ( -- what the strategy needs besides the adapters, a
 ) STRICT;
 ";
 
-/// Bytes as last kept. Participant 0: connections that only ask. Round 0: before the first; 4294967295: after the last.
+/// Bytes as last kept. Participant 0: connections that only ask. Round 0: before the first, each connection's handshake, questions;
+/// 4294967295: after the last.
 const TRAFFIC: &str = "
 CREATE TABLE traffic (
     federation TEXT NOT NULL REFERENCES federation (name),

@@ -1,7 +1,7 @@
 //! Whole federations on a real task, one for each mode, format, strategy and seed: what they cost and what they give.
 
 use super::kept::{Kept, key};
-use super::{Bench, Variant, Work};
+use super::{Bench, DEFAULT, MIXED, Variant, Work};
 use crate::experiment::config::{Simulation, Task};
 use crate::experiment::grid::Plan;
 use crate::experiment::records;
@@ -46,14 +46,12 @@ pub(super) const REFERENCE: &str = "activations f32";
 /// The plain split.
 pub(super) const PLAIN: &str = "activations f16";
 
-/// The form that is recommended.
-const MIXED: &str = "low-rank mixed";
 /// What is run where merging needs Fisher values, too.
-const WITH_FISHER: [&str; 2] = [REFERENCE, MIXED];
+const WITH_FISHER: [&str; 3] = [REFERENCE, DEFAULT, MIXED];
 
 /// All cells, strategy by strategy.
 pub(super) fn cells() -> Vec<Cell> {
-    let int8 = Variant::low_rank("low-rank int8", Format::Int8);
+    let int8 = Variant::low_rank(DEFAULT, Format::Int8);
     let variants = [
         (Variant::activations(REFERENCE, Format::F32), false),
         (Variant::activations(PLAIN, Format::F16), false),
@@ -71,7 +69,7 @@ pub(super) fn cells() -> Vec<Cell> {
     STRATEGIES.into_iter().flat_map(of).filter(wanted).collect()
 }
 
-/// Who holds what, and what is agreed but for the variant. So much that all of it takes two cores half an hour: few questions a
+/// Who holds what, and what is agreed but for the variant. So much that all of it takes two cores an hour: few questions a
 /// client, which are learned all the same, and hardly any after each round, which nobody looks at; but many at the end, since half a
 /// point must show.
 pub(super) fn base(bench: &Bench) -> (Simulation, FederationSettings) {
@@ -200,9 +198,74 @@ pub(super) fn results(bench: &Bench, kept: &Kept) -> anyhow::Result<Vec<Row>> {
     Ok(results)
 }
 
+/// A run with deflating and its like without: that changes no value, so it must not change a result.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Twins {
+    pub(super) strategy: Strategy,
+    /// The one with deflating.
+    pub(super) name: &'static str,
+    pub(super) seed: u64,
+    /// Accuracy with deflating, and without.
+    pub(super) accuracies: (f64, f64),
+}
+
+/// All there are.
+pub(super) fn twins(rows: &[Row]) -> Vec<Twins> {
+    let mut twins = Vec::new();
+    for Row { cell: Cell { variant, strategy, .. }, runs } in rows.iter().filter(|row| row.cell.variant.compress) {
+        let like = |other: &&Row| {
+            let Variant { compress, .. } = other.cell.variant;
+            let deflated = Variant { compress: true, name: variant.name, ..other.cell.variant };
+            other.cell.strategy == *strategy && !compress && deflated == *variant
+        };
+        let plain = rows.iter().find(like).map(|other| other.runs.as_slice()).unwrap_or_default();
+        for (seed, outcome) in runs {
+            if let Some((_, other)) = plain.iter().find(|(plain_seed, _)| plain_seed == seed) {
+                let accuracies = (outcome.accuracy, other.accuracy);
+                twins.push(Twins { strategy: *strategy, name: variant.name, seed: *seed, accuracies });
+            }
+        }
+    }
+    twins
+}
+
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+
+    /// A run with this accuracy.
+    pub(in crate::wire_bench) fn outcome(accuracy: f64) -> Outcome {
+        let traffic = Traffic::default();
+        Outcome { accuracy, zero_shot: 0.5, questions: 1000, traffic, clients: 1, seconds: 1.0 }
+    }
+
+    /// Seed and accuracy of a cell's runs.
+    type Runs<'a> = &'a [(u64, f64)];
+
+    /// Every cell, without runs but those that are given by strategy and name.
+    pub(in crate::wire_bench) fn rows(runs: &[(Strategy, &str, Runs<'_>)]) -> Vec<Row> {
+        let of = |cell: &Cell| -> Vec<(u64, Outcome)> {
+            let own =
+                runs.iter().filter(|(strategy, name, _)| (*strategy, *name) == (cell.strategy, cell.variant.name));
+            own.flat_map(|(.., runs)| runs.iter().map(|(seed, accuracy)| (*seed, outcome(*accuracy)))).collect()
+        };
+        cells().into_iter().map(|cell| Row { cell, runs: of(&cell) }).collect()
+    }
+
+    #[test]
+    fn twins_are_runs_with_one_seed_that_differ_in_deflating_alone() {
+        let deflated = "low-rank int8, deflated";
+        let avg = Strategy::FedAvg;
+        let found = twins(&rows(&[
+            (avg, DEFAULT, &[(1, 0.9), (2, 0.8)]),
+            (avg, MIXED, &[(1, 0.7)]),
+            (avg, deflated, &[(1, 0.9), (3, 0.5)]),
+            (Strategy::Fisher, DEFAULT, &[(3, 0.5)]),
+        ]));
+        assert_eq!(found, [Twins { strategy: avg, name: deflated, seed: 1, accuracies: (0.9, 0.9) }]);
+        let found = twins(&rows(&[(avg, DEFAULT, &[(1, 0.9)]), (avg, deflated, &[(1, 0.901)])]));
+        assert_eq!(found.iter().map(|t| t.accuracies).collect::<Vec<_>>(), [(0.901, 0.9)]);
+    }
 
     #[test]
     fn every_variant_has_a_key_of_its_own() {
@@ -210,7 +273,7 @@ mod tests {
         let cells = cells();
         let keys: std::collections::BTreeSet<String> =
             cells.iter().map(|cell| cell.key(&bench, 1, "samples").unwrap()).collect();
-        assert_eq!((cells.len(), keys.len()), (12, 12));
+        assert_eq!((cells.len(), keys.len()), (13, 13));
         for cell in &cells {
             let plan = cell.plan(&bench);
             plan.settings.validate().unwrap();
@@ -219,6 +282,6 @@ mod tests {
         }
         let of = |strategy, name: &str| cells.iter().any(|c| c.strategy == strategy && c.variant.name == name);
         assert!(of(Strategy::FedAvg, REFERENCE) && of(Strategy::FedAvg, PLAIN) && of(Strategy::FedAvg, MIXED));
-        assert!(of(Strategy::Fisher, REFERENCE) && of(Strategy::Fisher, MIXED));
+        assert!(WITH_FISHER.iter().all(|name| of(Strategy::Fisher, name)));
     }
 }

@@ -2,9 +2,10 @@
 
 use super::kept::{Kept, key};
 use super::links::{Nano, nano};
+use super::setup::{Machine, Setup};
 use super::{Bench, Work};
 use anyhow::Context;
-use fednano_shared::boundary::{BoundaryReply, BoundaryRequest, EvaluationReply, Gradient, Input, Pair, Place};
+use fednano_shared::boundary::{BoundaryReply, BoundaryRequest, EvaluationReply, Gradient, Input, Pair, Place, Want};
 use fednano_shared::data::scene::DemoTheme;
 use fednano_shared::edge::{Batch, FeatureCache};
 use fednano_shared::model::adapter::NanoAdapters;
@@ -55,18 +56,30 @@ pub(super) struct Outcome {
     pub(super) sizes: Vec<Sizes>,
     /// Of `g`, the largest.
     pub(super) speeds: Vec<Speed>,
+    /// Whose speeds they are.
+    pub(super) machine: Machine,
 }
 
 /// A coder is timed for so long at least.
 const LONG_ENOUGH: Duration = Duration::from_millis(200);
 
-fn sizes_key(bench: &Bench) -> anyhow::Result<String> {
-    key("codec", &(bench.quick(), bench.model.display().to_string()))
+/// Samples of the step, and steps before it.
+fn amount(bench: &Bench) -> (usize, usize) {
+    if bench.quick() { (4, 2) } else { (16, 40) }
+}
+
+fn settings() -> FederationSettings {
+    FederationSettings::default()
+}
+
+fn sizes_key(bench: &Bench, setup: &Setup) -> anyhow::Result<String> {
+    key("codec", &(setup, settings(), amount(bench)))
 }
 
 /// What is kept.
 pub(super) fn result(bench: &Bench, kept: &Kept) -> anyhow::Result<Option<Outcome>> {
-    Ok(kept.get(&sizes_key(bench)?))
+    let Some(setup) = Setup::last(bench, kept)? else { return Ok(None) };
+    Ok(kept.get(&sizes_key(bench, &setup)?))
 }
 
 /// Train a little, then take one step apart, if that has not been done.
@@ -74,12 +87,13 @@ pub(super) fn result(bench: &Bench, kept: &Kept) -> anyhow::Result<Option<Outcom
 /// # Errors
 /// A model that cannot be used.
 pub(super) fn measure(work: &mut Work<'_>) -> anyhow::Result<()> {
-    let key = sizes_key(work.bench)?;
+    let setup = Setup::now(work)?;
+    let key = sizes_key(work.bench, &setup)?;
     if work.kept.get::<Outcome>(&key).is_some() {
         return Ok(());
     }
     println!("packing: a step of nano-llava, tensor by tensor");
-    let (samples, steps) = if work.bench.quick() { (4, 2) } else { (16, 40) };
+    let (samples, steps) = amount(work.bench);
     let nano = nano(work)?;
     let tensors = work.runtime.block_on(tensors(&nano, samples, steps))?;
     let mut sizes = Vec::new();
@@ -97,7 +111,7 @@ pub(super) fn measure(work: &mut Work<'_>) -> anyhow::Result<()> {
             speeds.push(speed(g, Coder { format, rounding: Rounding::Stochastic, ..Coder::EXACT })?);
         }
     }
-    work.kept.add(&key, "packing", &Outcome { samples, steps, sizes, speeds })
+    work.kept.add(&key, "packing", &Outcome { samples, steps, sizes, speeds, machine: nano.machine })
 }
 
 /// Names of the tensors; they are shown in alphabetical order, so each begins with its place.
@@ -140,20 +154,21 @@ async fn tensors(nano: &Nano, samples: usize, steps: usize) -> anyhow::Result<BT
     let cache: FeatureCache = nano.edge.encode(&shard(DemoTheme::ALL[0], 1, samples, 1), |_, _| {}).await?;
     let rows: Vec<usize> = (0..cache.samples.len()).collect();
     let parts = [nano.edge.batch(&cache, &rows)?];
-    let settings = FederationSettings::default();
+    let settings = settings();
     let dim = files.config.text.hidden;
     let start = NanoAdapters::initial(settings.adapters, settings.rank, dim, &mut ChaCha8Rng::seed_from_u64(1));
     let mut adapters = NanoAdapters::from_state(&start, &nano.device);
     let mut optimizer = AdapterOptimizer::new(&settings);
-    let rules = StepRules { rate: settings.learning_rate, prox: None, clip_norm: 0.0, squares: false };
+    let rules = StepRules { rate: settings.learning_rate, prox: None, clip_norm: 0.0 };
     let mut spy = Spy::new(&llm, BoundaryMode::LowRank);
     for _ in 0..steps {
-        step::train_step(&mut adapters, &mut optimizer, &rules, &parts, &mut spy, &nano.device).await?;
+        step::train_step(&mut adapters, &mut optimizer, &rules, (&parts, Want::Gradient), &mut spy, &nano.device)
+            .await?;
     }
     let mut seen = spy.seen;
     // The same adapters once more, in the other mode.
     let mut spy = Spy::new(&llm, BoundaryMode::Activations);
-    step::train_step(&mut adapters, &mut optimizer, &rules, &parts, &mut spy, &nano.device).await?;
+    step::train_step(&mut adapters, &mut optimizer, &rules, (&parts, Want::Gradient), &mut spy, &nano.device).await?;
     seen.extend(spy.seen);
     let mut features = Rows { values: Vec::new(), width: dim };
     for picture in &cache.pictures {
@@ -254,6 +269,7 @@ fn rate<E: std::error::Error + Send + Sync + 'static>(
 
 #[cfg(test)]
 mod tests {
+    use super::super::setup;
     use super::*;
 
     #[test]
@@ -266,6 +282,15 @@ mod tests {
         assert!(sizes.bytes.iter().all(|(plain, deflated)| deflated <= plain));
         let speed = speed(&rows, Coder { format: Format::Int8, deflate: true, ..Coder::EXACT }).unwrap();
         assert!(speed.pack > 0.0 && speed.unpack > 0.0 && speed.how == "int8, deflated");
+    }
+
+    #[test]
+    fn sizes_are_of_a_model_a_device_and_an_amount() {
+        let quick = super::super::report::tests::bench();
+        let full = Bench { size: crate::experiment::grid::Size::Full, ..quick.clone() };
+        let keys = [(&quick, "abc"), (&quick, "abd"), (&full, "abc")]
+            .map(|(bench, model)| sizes_key(bench, &setup::tests::setup(bench, model)).unwrap());
+        assert!(keys[0] != keys[1] && keys[0] != keys[2]);
     }
 
     #[test]

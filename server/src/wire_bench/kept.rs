@@ -1,15 +1,15 @@
-//! Finished runs on disk: one JSON object a line, appended when a run is done and found again by a hash of everything that decides its
-//! result, so that a benchmark that was stopped goes on where it was. Half a line, which a kill may leave, is removed.
+//! Finished runs on disk: one JSON object a line, found again by a hash of everything that decides its result, so that a benchmark that
+//! was stopped goes on where it was.
 
+use crate::experiment::records::Lines;
 use anyhow::Context;
 use fednano_shared::bundle::sha256_hex;
 use fednano_shared::wire;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::io::ErrorKind;
+use std::path::Path;
 
 /// One more whenever the same settings give other results than before.
 const FORMAT: u32 = 1;
@@ -31,11 +31,23 @@ pub(super) fn key(part: &str, decides: &impl Serialize) -> anyhow::Result<String
     Ok(key)
 }
 
+/// Remove a file of finished runs, if there is one.
+///
+/// # Errors
+/// One that cannot be removed.
+pub(super) fn remove(path: &Path) -> anyhow::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != ErrorKind::NotFound => {
+            Err(e).with_context(|| format!("cannot remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// All finished runs of a file.
 #[derive(Debug)]
 pub(super) struct Kept {
-    path: PathBuf,
-    file: File,
+    lines: Lines,
     all: BTreeMap<String, serde_json::Value>,
 }
 
@@ -45,25 +57,8 @@ impl Kept {
     /// # Errors
     /// One that cannot be read or written, or has a line that is no run.
     pub(super) fn open(path: &Path) -> anyhow::Result<Self> {
-        let unusable = || format!("cannot use {}", path.display());
-        if let Some(folder) = path.parent() {
-            std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
-        }
-        let file = OpenOptions::new().create(true).append(true).open(path).with_context(unusable)?;
-        let text = std::fs::read(path).with_context(unusable)?;
-        let whole = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
-        if whole < text.len() {
-            file.set_len(whole as u64).with_context(unusable)?;
-        }
-        let mut all = BTreeMap::new();
-        let lines = text.get(..whole).unwrap_or_default().split(|byte| *byte == b'\n');
-        for (number, line) in (1..).zip(lines).filter(|(_, line)| !line.is_empty()) {
-            let line: Line = serde_json::from_slice(line).with_context(|| {
-                format!("line {number} of {} is no run; remove it, and the run is made again", path.display())
-            })?;
-            all.insert(line.key, line.value);
-        }
-        Ok(Self { path: path.to_owned(), file, all })
+        let (lines, all) = Lines::open::<Line>(path)?;
+        Ok(Self { lines, all: all.into_iter().map(|line| (line.key, line.value)).collect() })
     }
 
     /// A run by its key; none too where it has another form than today's.
@@ -77,11 +72,7 @@ impl Kept {
     /// A full or read-only disk.
     pub(super) fn add(&mut self, key: &str, name: &str, value: &impl Serialize) -> anyhow::Result<()> {
         let value = serde_json::to_value(value)?;
-        let mut line = serde_json::to_vec(&Line { key: key.to_owned(), name: name.to_owned(), value: value.clone() })?;
-        line.push(b'\n');
-        // In one piece, so that nothing can come between.
-        let written = self.file.write_all(&line).and_then(|()| self.file.sync_data());
-        written.with_context(|| format!("cannot write {}; is the disk full?", self.path.display()))?;
+        self.lines.add(&Line { key: key.to_owned(), name: name.to_owned(), value: value.clone() })?;
         self.all.insert(key.to_owned(), value);
         Ok(())
     }
@@ -109,7 +100,10 @@ mod tests {
         assert_eq!((kept.get::<u32>(&one), kept.get::<(u32, String)>(&two)), (None, None));
         kept.add(&one, "again", &(3u32, "three")).unwrap();
         assert_eq!(Kept::open(&path).unwrap().get::<(u32, String)>(&one), Some((3, "three".to_owned())));
-        std::fs::write(&path, "nonsense\n").unwrap();
-        assert!(Kept::open(&path).unwrap_err().to_string().contains("line 1"));
+        // Removed, also where there is none.
+        remove(&path).unwrap();
+        remove(&path).unwrap();
+        assert_eq!(Kept::open(&path).unwrap().get::<(u32, String)>(&one), None);
+        assert!(remove(folder.path()).unwrap_err().to_string().contains("cannot remove"));
     }
 }

@@ -2,8 +2,9 @@
 
 use super::kept::{Kept, key};
 use super::link::{Shape, proxy};
-use super::{Bench, Variant, Work};
-use crate::app::{App, FEATURE_CACHE, HeldOutSource, ServerSettings, bind};
+use super::setup::{Machine, Setup};
+use super::{Bench, DEFAULT, MIXED, PLENTY, Variant, Work};
+use crate::app::{App, HeldOutSource, ServerSettings, bind};
 use crate::edge_bundle;
 use crate::llm_host::Order;
 use crate::native::{SocketConnector, TokioClock};
@@ -32,11 +33,12 @@ pub(super) struct Nano {
     pub(super) files: ModelFiles,
     pub(super) edge: NanoEdge,
     pub(super) device: Device,
+    pub(super) machine: Machine,
     dtype: DType,
 }
 
 /// The form of the participant's half of the model.
-const EDGE: EdgeDtype = EdgeDtype::F16;
+pub(super) const EDGE: EdgeDtype = EdgeDtype::F16;
 
 /// Load it.
 ///
@@ -48,7 +50,7 @@ pub(super) fn nano(work: &Work<'_>) -> anyhow::Result<Nano> {
     let files = ModelFiles::open(&work.bench.model)?;
     let bundle = edge_bundle::prepare(&work.bench.model, &files, EDGE, work.cache, |_, _| {})?;
     let edge = bundle.edge(&device)?;
-    Ok(Nano { files, edge, device, dtype })
+    Ok(Nano { files, edge, device, machine: Machine::here(&name), dtype })
 }
 
 /// A variant, whole or in parts.
@@ -79,6 +81,8 @@ pub(super) struct Outcome {
     pub(super) line: (u64, u64),
     /// Bytes of all frames, as the participant counted them: up, down.
     pub(super) frames: (u64, u64),
+    /// Where both ends were.
+    pub(super) machine: Machine,
 }
 
 /// How much is done.
@@ -100,6 +104,11 @@ impl Amount {
     fn steps_of_a_pass(self) -> usize {
         self.samples / self.batch.max(1)
     }
+
+    /// Steps after the first pass.
+    pub(super) fn later_steps(self) -> usize {
+        self.steps_of_a_pass() * (self.passes as usize).saturating_sub(1)
+    }
 }
 
 /// The variants alone.
@@ -111,35 +120,40 @@ pub(super) fn variants() -> Vec<Variant> {
 /// All cases, in the order of the table.
 pub(super) fn cases() -> Vec<Case> {
     let whole = |variant| Case { variant, parts: false };
-    let mixed = Variant::mixed("low-rank mixed");
-    let named = |name, overlap| Variant { name, overlap, ..mixed };
+    let default = Variant::low_rank(DEFAULT, Format::Int8);
+    let named = |name, overlap| Variant { name, overlap, ..default };
     vec![
         whole(Variant::activations("activations f32", Format::F32)),
         whole(Variant::activations("activations f16", Format::F16)),
         whole(Variant::low_rank("low-rank f32", Format::F32)),
         whole(Variant::low_rank("low-rank f16", Format::F16)),
-        whole(Variant::low_rank("low-rank int8", Format::Int8)),
-        whole(mixed),
-        whole(Variant { name: "low-rank mixed, deflated", compress: true, ..mixed }),
-        Case { variant: named("low-rank mixed, 4 parts", Overlap::Off), parts: true },
-        Case { variant: named("low-rank mixed, 4 parts overlapped", Overlap::Parts), parts: true },
-        whole(named("low-rank mixed, stale", Overlap::Stale)),
+        whole(Variant::mixed(MIXED)),
+        whole(default),
+        whole(Variant { name: "low-rank int8, deflated", compress: true, ..default }),
+        Case { variant: named("low-rank int8, 4 parts", Overlap::Off), parts: true },
+        Case { variant: named("low-rank int8, 4 parts overlapped", Overlap::Parts), parts: true },
+        whole(named("low-rank int8, stale", Overlap::Stale)),
     ]
 }
+
+/// Rates of the lines, Mbit/s.
+pub(super) const MEGABITS: [u64; 3] = [200, 20, 2];
 
 /// All lines, in the order of the table.
 pub(super) fn lines(bench: &Bench) -> Vec<Line> {
     if bench.quick() {
         return vec![Line { milliseconds: 10, megabits: 20 }];
     }
-    let mut lines = vec![Line { milliseconds: 0, megabits: 0 }];
-    for megabits in [200, 20, 2] {
+    let mut lines = vec![Line::OPEN];
+    for megabits in MEGABITS {
         lines.extend([10, 50, 200].map(|milliseconds| Line { milliseconds, megabits }));
     }
     lines
 }
 
 impl Line {
+    const OPEN: Self = Self { milliseconds: 0, megabits: 0 };
+
     fn shape(self) -> Shape {
         Shape::round_trip(Duration::from_millis(self.milliseconds), self.megabits)
     }
@@ -166,9 +180,9 @@ fn settings(case: Case, amount: Amount) -> FederationSettings {
     case.variant.of(&base)
 }
 
-fn case_key(bench: &Bench, case: Case, line: Line) -> anyhow::Result<String> {
+fn case_key(bench: &Bench, setup: &Setup, case: Case, line: Line) -> anyhow::Result<String> {
     let amount = Amount::of(bench);
-    key("links", &(settings(case, amount), line, amount, bench.model.display().to_string()))
+    key("links", &(setup, settings(case, amount), line, amount))
 }
 
 /// A case and what is kept of it, line by line.
@@ -179,39 +193,46 @@ pub(super) struct Row {
 
 /// Every case, whether there is anything of it or not.
 pub(super) fn results(bench: &Bench, kept: &Kept) -> anyhow::Result<Vec<Row>> {
+    let setup = Setup::last(bench, kept)?;
     let mut results = Vec::new();
     for case in cases() {
         let mut outcomes = Vec::new();
         for line in lines(bench) {
-            outcomes.push(kept.get(&case_key(bench, case, line)?));
+            outcomes.push(match &setup {
+                Some(setup) => kept.get(&case_key(bench, setup, case, line)?),
+                None => None,
+            });
         }
         results.push(Row { case, outcomes });
     }
     Ok(results)
 }
 
-/// Run what is missing, one after the other: they would share the processor otherwise.
+/// The federation of which nothing is kept.
+const WARM_UP: &str = "warm-up";
+
+/// Run what is missing, one after the other: they would share the processor otherwise. Before them one that does not count: what comes
+/// first pays for memory and caches.
 ///
 /// # Errors
 /// A server that does not start, a participation that fails.
 pub(super) fn measure(work: &mut Work<'_>) -> anyhow::Result<()> {
     let (bench, amount) = (work.bench, Amount::of(work.bench));
+    let setup = Setup::now(work)?;
     let mut wanted = Vec::new();
     for line in lines(bench) {
         for case in cases() {
-            let key = case_key(bench, case, line)?;
+            let key = case_key(bench, &setup, case, line)?;
             if work.kept.get::<Outcome>(&key).is_none() {
                 wanted.push((format!("case-{}", wanted.len()), key, case, line));
             }
         }
     }
     println!("lines: {} participations, the others are kept", wanted.len());
-    if wanted.is_empty() {
-        return Ok(());
-    }
+    let Some((_, _, first, _)) = wanted.first() else { return Ok(()) };
     let nano = nano(work)?;
-    let federations =
-        wanted.iter().map(|(name, _, case, _)| (name.clone(), settings(*case, amount))).collect::<BTreeMap<_, _>>();
+    let mut federations = BTreeMap::from([(WARM_UP.to_owned(), settings(*first, amount))]);
+    federations.extend(wanted.iter().map(|(name, _, case, _)| (name.clone(), settings(*case, amount))));
     let shutdown = CancellationToken::new();
     let runtime = work.runtime;
     let (app, address, cache) = runtime.block_on(async {
@@ -224,6 +245,8 @@ pub(super) fn measure(work: &mut Work<'_>) -> anyhow::Result<()> {
         let serving = app.clone();
         anyhow::Ok((tokio::spawn(async move { serving.serve(listener).await }), address, cache))
     })?;
+    let warm_up = take_part(&nano, &cache, address, WARM_UP, Line::OPEN, amount);
+    runtime.block_on(warm_up).context("the participation before those that count failed")?;
     let bar = ProgressBar::new(wanted.len() as u64);
     bar.set_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} participations, {elapsed} spent, {eta} left")?);
     for (federation, key, case, line) in wanted {
@@ -249,7 +272,7 @@ fn server(work: &Work<'_>, federations: BTreeMap<String, FederationSettings>) ->
         held_out: HeldOutSource::Data(samples()),
         evaluation_limit: 0,
         order: Order::Arrival { merge: false },
-        feature_cache: FEATURE_CACHE,
+        feature_cache: PLENTY,
     }
 }
 
@@ -276,7 +299,7 @@ async fn take_part(
             download: None,
         },
         edge: &nano.edge,
-        cache,
+        cache: &mut cache.clone(), // it is put into the case's format
         device: &nano.device,
         max_tries: 1,
         keep_every: Duration::MAX,
@@ -297,6 +320,7 @@ async fn take_part(
         later: each(last.duration_since(first), all - pass),
         line: proxy.bytes(),
         frames: (watch.traffic.up.total(), watch.traffic.down.total()),
+        machine: nano.machine.clone(),
     })
 }
 
@@ -322,6 +346,7 @@ impl Observer for Watch {
 #[cfg(test)]
 mod tests {
     use super::super::report::tests::bench;
+    use super::super::setup::tests::setup;
     use super::*;
     use std::collections::BTreeSet;
 
@@ -329,18 +354,21 @@ mod tests {
     fn cases_and_lines_are_told_apart() {
         let mut bench = bench();
         bench.size = crate::experiment::grid::Size::Full;
-        let mut keys = BTreeSet::new();
+        let (mut keys, one) = (BTreeSet::new(), setup(&bench, "abc"));
         for line in lines(&bench) {
             for case in cases() {
                 settings(case, Amount::of(&bench)).validate_for_server().unwrap();
-                keys.insert(case_key(&bench, case, line).unwrap());
+                keys.insert(case_key(&bench, &one, case, line).unwrap());
             }
         }
         assert_eq!(keys.len(), 100);
+        let (case, line) = (cases()[0], lines(&bench)[0]);
+        assert!(keys.insert(case_key(&bench, &setup(&bench, "abd"), case, line).unwrap()));
         let names: BTreeSet<&str> = cases().iter().map(|case| case.variant.name).collect();
         assert_eq!(names.len(), cases().len());
         let amount = Amount::of(&bench);
-        assert_eq!(amount.samples % amount.batch, 0);
+        assert_eq!((amount.samples % amount.batch, amount.later_steps()), (0, 4));
+        assert!(cases().iter().any(|case| case.variant == Variant::low_rank(DEFAULT, Format::Int8) && !case.parts));
         assert_eq!(settings(cases()[8], amount).micro_batch, 4);
     }
 }

@@ -8,21 +8,25 @@
 //! | `links` | seconds a step over slow lines |
 //! | `link` | such a line: a proxy with a delay and a rate |
 //! | `codec` | sizes of real tensors in each format, and what packing them takes |
+//! | `setup` | the machine and the model of what depends on them |
 //! | `kept` | finished runs on disk |
+//! | `checks` | what must hold of all that was measured |
 //! | `report` | all of it as one page |
 
 mod accuracy;
+mod checks;
 mod codec;
 mod kept;
 pub mod link;
 mod links;
 mod report;
 mod scaling;
+mod setup;
 mod shapes;
 
 use crate::device::{ComputeDtype, DeviceChoice};
 use crate::experiment::grid::Size;
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use fednano_shared::ledger::{Kind, Traffic};
 use fednano_shared::settings::{BoundaryChoice, FederationSettings, Format, Overlap, Rounding};
 use kept::Kept;
@@ -64,18 +68,26 @@ pub struct Bench {
     pub out: PathBuf,
 }
 
-/// Name of the file of finished runs.
-pub const RUNS: &str = "wire.jsonl";
-/// Name of the page.
-pub const PAGE: &str = "wire.md";
+/// The variant that all number formats' defaults make.
+const DEFAULT: &str = "low-rank int8";
+/// The one of which the matrices are finer.
+const MIXED: &str = "low-rank mixed";
+/// Features that servers here keep, bytes: more than all that is sent to them.
+const PLENTY: usize = 4 << 30;
 
 impl Bench {
-    /// Run what is missing, write the page. `cache` is a folder for this process alone.
+    /// Run what is missing (of a quick benchmark all), write the page, and check what was measured. `cache` is a folder for this
+    /// process alone.
     ///
     /// # Errors
-    /// A model or a data set that cannot be used, a run that fails, a disk that cannot be written.
+    /// A model or a data set that cannot be used, a run that fails, a disk that cannot be written; then measurements that contradict
+    /// each other.
     pub fn run(&self, cache: &Path) -> anyhow::Result<()> {
-        let mut kept = Kept::open(&self.out.join(RUNS))?;
+        let runs = self.out.join(self.runs_name());
+        if self.quick() {
+            kept::remove(&runs)?; // what is kept would test nothing
+        }
+        let mut kept = Kept::open(&runs)?;
         // The federations' tasks block a thread when they write.
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(4).enable_all().build()?;
         let mut work = Work { bench: self, kept: &mut kept, runtime: &runtime, cache };
@@ -89,11 +101,23 @@ impl Bench {
         if self.wants(Part::Accuracy) {
             accuracy::measure(&mut work)?;
         }
-        let path = self.out.join(PAGE);
+        let path = self.out.join(self.page_name());
         std::fs::write(&path, report::page(self, &kept)?)
             .with_context(|| format!("cannot write {}", path.display()))?;
         println!("results are in {}", path.display());
+        let faults = checks::faults(self, &kept)?;
+        ensure!(faults.is_empty(), "what was measured contradicts itself:\n{}", faults.join("\n"));
         Ok(())
+    }
+
+    /// Name of the file of finished runs. Quick ones have their own: they are removed each time.
+    fn runs_name(&self) -> &'static str {
+        if self.quick() { "wire-quick.jsonl" } else { "wire.jsonl" }
+    }
+
+    /// Name of the page.
+    fn page_name(&self) -> &'static str {
+        if self.quick() { "wire-quick.md" } else { "wire.md" }
     }
 
     fn wants(&self, part: Part) -> bool {
@@ -218,10 +242,36 @@ mod tests {
         {
             variant.of(&base).validate().unwrap();
         }
-        let mixed = Variant::mixed("mixed").of(&base);
+        let mixed = Variant::mixed(MIXED).of(&base);
         assert_eq!((mixed.code_format, mixed.matrix_format), (Format::Int8, Format::F16));
+        let formats = |s: FederationSettings| [s.feature_format, s.code_format, s.gradient_format, s.matrix_format];
+        assert_eq!(formats(Variant::low_rank(DEFAULT, Format::Int8).of(&base)), formats(base.clone()));
         let plain = Variant::activations("plain", Format::F16).of(&base);
         assert_eq!((plain.boundary, plain.gradient_format), (BoundaryChoice::Activations, Format::F16));
+    }
+
+    /// Or else another default would make all runs again.
+    #[test]
+    fn variants_leave_nothing_of_theirs_to_the_defaults() {
+        let one = FederationSettings::default();
+        let other = FederationSettings {
+            boundary: BoundaryChoice::LowRank,
+            rounding: Rounding::Stochastic,
+            compress: true,
+            overlap: Overlap::Stale,
+            ..FederationSettings::exact()
+        };
+        for variant in accuracy::cells().iter().map(|cell| cell.variant).chain(links::variants()) {
+            assert_eq!(variant.of(&one), variant.of(&other), "{}", variant.name);
+        }
+    }
+
+    #[test]
+    fn a_quick_benchmark_has_files_of_its_own() {
+        let quick = report::tests::bench();
+        let full = Bench { size: Size::Full, ..quick.clone() };
+        assert_ne!((quick.runs_name(), quick.page_name()), (full.runs_name(), full.page_name()));
+        assert_eq!((full.runs_name(), full.page_name()), ("wire.jsonl", "wire.md"));
     }
 
     #[test]

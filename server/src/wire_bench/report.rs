@@ -1,14 +1,15 @@
 //! The page: everything that is kept, in Markdown. What differs from run to run (times) has a section of its own at the end.
 
 mod goals;
+mod shape;
+mod task;
+mod times;
 
-use super::accuracy::{self, Outcome, PLAIN, REFERENCE, STRATEGIES};
 use super::kept::Kept;
-use super::scaling::{self, Load, Others};
-use super::{Bench, Way, codec, links, shapes};
+use super::{Bench, DEFAULT, MIXED, Way, codec};
 use crate::experiment::statistics::Spread;
 use fednano_shared::ledger::{Kind, Traffic};
-use fednano_shared::settings::{Format, Strategy};
+use fednano_shared::settings::Format;
 
 /// Nothing has been run.
 const NOTHING: &str = "-";
@@ -23,304 +24,29 @@ const TYPICAL_WORDS: &str = "1,000";
 /// A preset that is not there, a shape out of range, a key that cannot be made.
 pub(super) fn page(bench: &Bench, kept: &Kept) -> anyhow::Result<String> {
     let mut page = Page(String::from("# The wire, measured\n\n"));
+    let runs = bench.runs_name();
     let command = if bench.quick() { "just bench-wire --quick" } else { "just bench-wire" };
     page.say(&format!(
-        "Made by `{command}` from [wire.jsonl](wire.jsonl), which has every finished run; no number here is typed by hand. What the modes \
+        "Made by `{command}` from [{runs}]({runs}), which has every finished run; no number here is typed by hand. What the modes \
          and formats are, and what each lets the server learn: [boundary.md](boundary.md)."
     ));
     if bench.quick() {
         page.say("**A quick run, to see that everything works: its figures say nothing.**");
     }
-    page.say(
-        "MB and GB are 10^6 and 10^9 bytes. Bytes are those of the byte ledger: whole frames, counted by the same code at both ends. In the \
-         variants' names `mixed` is int8 for features, codes and gradients and f16 for matrices; rounding is to the nearest and a step \
-         waits for its answer, unless the name says otherwise.",
-    );
+    page.say(&format!(
+        "MB and GB are 10^6 and 10^9 bytes. Bytes are those of the byte ledger: whole frames, counted by the same code at both ends. \
+         **{DEFAULT} is the default**: features, codes, gradients and matrices in int8. {MIXED} has matrices in f16 instead. Rounding is to the \
+         nearest and a step waits for its answer, unless the name says otherwise."
+    ));
     goals::say(bench, kept, &mut page)?;
-    large_shape(bench, kept, &mut page)?;
-    task(bench, kept, &mut page)?;
+    shape::say(bench, kept, &mut page)?;
+    task::say(bench, kept, &mut page)?;
     packing(bench, kept, &mut page)?;
-    times(bench, kept, &mut page)?;
+    times::say(bench, kept, &mut page)?;
     let mut text = page.0;
     text.truncate(text.trim_end().len());
     text.push('\n');
     Ok(text)
-}
-
-// ---------------------------------------------------------------------------------------------- a large shape
-
-fn large_shape(bench: &Bench, kept: &Kept, page: &mut Page) -> anyhow::Result<()> {
-    let shape = shapes::shape(bench)?;
-    let (dim, image) = (shape.config.text.hidden, shape.config.image_tokens());
-    let load = shapes::load(bench, Strategy::FedAvg, bench.samples);
-    let text = shape.question + shape.answer;
-    let name = if bench.quick() { "a tiny shape" } else { "LLaVA-1.5-7B's shape" };
-    page.say(&format!("## Bytes at {name}"));
-    page.say(&format!(
-        "Width {dim}, rank {}, {image} image and {text} text positions a sample ({} of them the answer's), {} rounds of one epoch, batches of {}. \
-         Measured on the real protocol (sessions, coordinator, store, participants) with random weights: the LLM has one thin decoder layer, since \
-         bytes do not depend on depth, and features are random numbers, each sample with a picture of its own. So nothing is deflated \
-         here: random numbers would say nothing about that. Answers use ids below {}, which take 2 bytes each, where a larger vocabulary \
-         needs a third for some. A second participant with one sample sees to it that merging changes the adapters.",
-        shape.rank,
-        shape.answer,
-        load.rounds,
-        load.batch,
-        shapes::HEAD,
-    ));
-    let rows = shapes::results(bench, kept)?;
-    let differing =
-        rows.iter().flat_map(|row| [&row.once, &row.twice]).flatten().filter(|o| o.client != o.server).count();
-    let runs = rows.iter().flat_map(|row| [&row.once, &row.twice]).flatten().count();
-    page.say(&match (runs, differing) {
-        (0, _) => "**Not run yet.**".to_owned(),
-        (runs, 0) => {
-            format!("In all {runs} runs participant and server counted the same, byte for byte, kind by kind.")
-        }
-        (runs, some) => format!("**In {some} of {runs} runs participant and server counted differently.**"),
-    });
-    if runs == 0 {
-        return Ok(());
-    }
-    for strategy in STRATEGIES {
-        let own: Vec<&shapes::Row> = rows.iter().filter(|row| row.cell.strategy == strategy).collect();
-        page.say(&format!("### {strategy}: measured, {} samples, MB", bench.samples));
-        let measured: Vec<(&str, Traffic)> =
-            own.iter().filter_map(|row| Some((row.cell.variant.name, row.once.as_ref()?.client))).collect();
-        page.say(&by_kind(&measured));
-        page.say(&format!("### {strategy}: {TYPICAL_WORDS} samples, by the rules below"));
-        page.say(&scaled(&own, bench, strategy, &shape)?);
-    }
-    let typical = Load { samples: TYPICAL, ..load };
-    let others = scaling::others(&shape, &typical)?;
-    page.say(&format!(
-        "The **plain split** sends hidden states up and their gradients down in f16, as often as ours passes a sample through the boundary \
-         (Fisher passes too), and adapters and Fisher values in f16; nothing else is charged to it. **LoRA** is of rank {} on all linear layers \
-         of all {} decoder layers, with the whole connector, in f16, up and down in each round; it needs the whole model on the \
-         participant's device ({}), which is not counted. The **edge bundle** in int8 is {}, once; ours and the plain split need it alike, \
-         and only the last two columns count it.",
-        shape.rank,
-        shape.config.text.layers,
-        amount(others.whole),
-        amount(others.edge),
-    ));
-    let features = TYPICAL * Format::Int8.bytes(image as u64, dim as u64);
-    page.say(&format!(
-        "These figures hold where the server's cache (`--feature-cache`) has room for the features of all participants at once: {} for one with \
-         {TYPICAL_WORDS} pictures in int8. With less room features are asked for again.",
-        amount(features)
-    ));
-    page.say(
-        "SplitCom (arXiv 2602.10564) reports up to 98.6 % less uplink in its standard configuration and up to 95.8 % less in total in its \
-         U-shaped one, against its own uncompressed split, with other models and tasks: figures as published, beside ours, which nobody has run \
-         against each other. Ours are meant so: *up* is everything that the participant sends in the whole federation, features, ids, \
-         labels, adapters and control included, against everything that the plain f16 split sends up; *total* is the same of both \
-         directions. Labels go to the server, as in its standard configuration.",
-    );
-    page.say("### The rules, and how well they forecast");
-    page.say(&format!(
-        "Features grow with samples; text, labels, codes and activations, and their gradients, with passes of samples through the boundary; \
-         matrices with steps (upward one more a round before a Fisher pass), and so do their gradients, whose size is known; squares of \
-         gradients with groups of 8 Fisher requests; adapters and Fisher values with rounds; control with requests. From a run with {} samples, forecast for {}, against a \
-         run with so many:",
-        bench.samples,
-        2 * bench.samples
-    ));
-    page.say(&forecasts(&rows, bench, &shape));
-    Ok(())
-}
-
-/// The load and the bytes from which others are worked out: the larger run, if it is there.
-fn largest(row: &shapes::Row, bench: &Bench) -> Option<(Load, Traffic)> {
-    let of = |samples, outcome: &shapes::Outcome| (shapes::load(bench, row.cell.strategy, samples), outcome.client);
-    let twice = row.twice.as_ref().map(|outcome| of(2 * bench.samples, outcome));
-    twice.or_else(|| row.once.as_ref().map(|outcome| of(bench.samples, outcome)))
-}
-
-fn scaled(rows: &[&shapes::Row], bench: &Bench, strategy: Strategy, shape: &scaling::Shape) -> anyhow::Result<String> {
-    let to = shapes::load(bench, strategy, TYPICAL);
-    let others = scaling::others(shape, &to)?;
-    let mut table = Table::new(&[
-        "",
-        "up",
-        "down",
-        "total",
-        "plain split / this",
-        "LoRA / this",
-        "up, less than plain",
-        "total, less than plain",
-        "total with edge bundle",
-        "plain split / this, both with it",
-    ]);
-    let mut add = |name: &str, up: u64, down: u64, o: &Others| {
-        let total = up + down;
-        let with_edge = total + o.edge;
-        table.row(vec![
-            name.to_owned(),
-            amount(up),
-            amount(down),
-            amount(total),
-            times_less(o.plain(), total),
-            times_less(o.lora(), total),
-            less(up, o.plain_up),
-            less(total, o.plain()),
-            amount(with_edge),
-            times_less(o.plain() + o.edge, with_edge),
-        ]);
-    };
-    add("plain f16 split, by formula", others.plain_up, others.plain_down, &others);
-    for row in rows {
-        if let Some((from, traffic)) = largest(row, bench) {
-            let ours = scaling::scaled(&traffic, &from, &to, shapes::matrices(&row.cell, shape));
-            add(row.cell.variant.name, ours.up.total(), ours.down.total(), &others);
-        }
-    }
-    let lora = [others.lora_up, others.lora_up, others.lora()].map(amount);
-    let mut row = vec!["LoRA and connector, by formula".to_owned()];
-    row.extend(lora);
-    row.extend([times_less(others.plain(), others.lora()), times_less(1, 1)]);
-    row.extend([less(others.lora_up, others.plain_up), less(others.lora(), others.plain())]);
-    row.extend([NOTHING.to_owned(), NOTHING.to_owned()]);
-    table.row(row);
-    Ok(table.text())
-}
-
-fn forecasts(rows: &[shapes::Row], bench: &Bench, shape: &scaling::Shape) -> String {
-    let mut table = Table::new(&["", "total but control", "the kind furthest off", "control"]);
-    for row in rows {
-        let (Some(once), Some(twice)) = (&row.once, &row.twice) else { continue };
-        let load = |samples| shapes::load(bench, row.cell.strategy, samples);
-        let (from, to) = (load(bench.samples), load(2 * bench.samples));
-        let forecast = scaling::scaled(&once.client, &from, &to, shapes::matrices(&row.cell, shape));
-        let off = scaling::deviation(&forecast, &twice.client);
-        let share = |value: f64| format!("{:+.4} %", value * 100.0);
-        table.row(vec![
-            format!("{}, {}", row.cell.strategy, row.cell.variant.name),
-            share(off.total),
-            format!("{} ({})", share(off.worst), off.what),
-            format!("{:+.1} %", off.control * 100.0),
-        ]);
-    }
-    format!(
-        "{}\n\nNumbers of requests and the like have 1 to 5 digits on the wire, and how often the status is sent depends on time: hence \
-         control.",
-        table.text()
-    )
-}
-
-// ---------------------------------------------------------------------------------------------- a real task
-
-fn task(bench: &Bench, kept: &Kept, page: &mut Page) -> anyhow::Result<()> {
-    let (simulation, settings) = accuracy::base(bench);
-    let data = if bench.data.is_some() { "easy-VQA" } else { "generated scenes" };
-    page.say(&format!("## Accuracy on {data}, with nano-llava"));
-    let rows = accuracy::results(bench, kept)?;
-    let Some(first) = rows.iter().find_map(|row| row.runs.first()) else {
-        page.say("**Not run yet.**");
-        return Ok(());
-    };
-    page.say(&format!(
-        "{} clients, a Dirichlet split by answer with alpha {}, at most {} questions each (0: all), adapters of rank {}, {} rounds of {} epoch, batches of {}, \
-         {} at {}; Fisher values from at most {} questions a round. Judged with {} test questions; the untouched model has {}. Right is an \
-         answer that greedy decoding gives word for word. Figures are mean ± standard deviation over seeds (runs in brackets); differences are \
-         to {REFERENCE} with the same seed, in points. Bytes are of one client, mean over clients and seeds.",
-        simulation.clients,
-        simulation.alpha,
-        if simulation.limit == 0 { simulation.samples } else { simulation.limit },
-        settings.rank,
-        settings.rounds,
-        settings.local_epochs,
-        settings.batch_size,
-        settings.optimizer,
-        settings.learning_rate,
-        settings.fisher_samples,
-        first.1.questions,
-        percent(first.1.zero_shot),
-    ));
-    for strategy in STRATEGIES {
-        let own: Vec<&accuracy::Row> = rows.iter().filter(|row| row.cell.strategy == strategy).collect();
-        page.say(&format!("### {strategy}"));
-        page.say(&accuracies(&own));
-        let means: Vec<(&str, Traffic)> =
-            own.iter().filter_map(|row| Some((row.cell.variant.name, mean(&row.runs)?))).collect();
-        page.say("The same by kind, MB:");
-        page.say(&by_kind(&means));
-    }
-    page.say(&twins(&rows));
-    Ok(())
-}
-
-fn accuracies(rows: &[&accuracy::Row]) -> String {
-    let plain = mean(runs_of(rows, PLAIN));
-    let mut table =
-        Table::new(&["", "accuracy", "difference", "MB up", "MB down", "MB total", "plain f16 split / this"]);
-    for row in rows {
-        let values: Vec<f64> = row.runs.iter().map(|(_, outcome)| outcome.accuracy * 100.0).collect();
-        let differences = differences(rows, row.cell.variant.name);
-        let mut cells = vec![row.cell.variant.name.to_owned(), spread(&values, false), spread(&differences, true)];
-        match mean(&row.runs) {
-            Some(traffic) => {
-                cells.extend([traffic.up.total(), traffic.down.total(), traffic.total()].map(megabytes));
-                cells.push(plain.map_or(NOTHING.to_owned(), |plain| times_less(plain.total(), traffic.total())));
-            }
-            None => cells.extend([NOTHING; 4].map(str::to_owned)),
-        }
-        table.row(cells);
-    }
-    table.text()
-}
-
-fn runs_of<'a>(rows: &[&'a accuracy::Row], name: &str) -> &'a [(u64, Outcome)] {
-    rows.iter().find(|row| row.cell.variant.name == name).map(|row| row.runs.as_slice()).unwrap_or_default()
-}
-
-/// A variant's accuracy less the reference's with the same seed, points.
-fn differences(rows: &[&accuracy::Row], name: &str) -> Vec<f64> {
-    let reference = runs_of(rows, REFERENCE);
-    let paired = |(seed, outcome): &(u64, Outcome)| {
-        let (_, same) = reference.iter().find(|(other, _)| other == seed)?;
-        Some((outcome.accuracy - same.accuracy) * 100.0)
-    };
-    runs_of(rows, name).iter().filter_map(paired).collect()
-}
-
-/// What one client sends and receives, mean over clients and runs.
-fn mean(runs: &[(u64, Outcome)]) -> Option<Traffic> {
-    let clients: u64 = runs.iter().map(|(_, outcome)| outcome.clients as u64).sum();
-    let sum = Traffic::sum(runs.iter().map(|(_, outcome)| &outcome.traffic));
-    (clients > 0).then(|| {
-        let mut mean = Traffic::default();
-        for way in Way::BOTH {
-            Kind::ALL.into_iter().for_each(|kind| way.count(&mut mean, kind, way.get(&sum, kind) / clients));
-        }
-        mean
-    })
-}
-
-/// Deflating changes no value, so it must not change a result.
-fn twins(rows: &[accuracy::Row]) -> String {
-    let (mut same, mut other) = (0, 0);
-    for row in rows.iter().filter(|row| row.cell.variant.compress) {
-        let plain = |twin: &&accuracy::Row| {
-            let (a, b) = (twin.cell.variant, row.cell.variant);
-            twin.cell.strategy == row.cell.strategy
-                && super::Variant { compress: true, name: b.name, ..a } == b
-                && !a.compress
-        };
-        for (seed, outcome) in &row.runs {
-            let twin = rows.iter().find(plain).and_then(|twin| twin.runs.iter().find(|(other, _)| other == seed));
-            match twin {
-                Some((_, twin)) if twin.accuracy == outcome.accuracy => same += 1,
-                Some(_) => other += 1,
-                None => {}
-            }
-        }
-    }
-    match (same, other) {
-        (0, 0) => String::new(),
-        (_, 0) => "Deflating is run with the first seed alone: it changes no value, and the accuracy is the same as without it.".into(),
-        _ => "**Deflating should change no value, but an accuracy differs from the one without it.**".into(),
-    }
 }
 
 // ---------------------------------------------------------------------------------------------- packing
@@ -348,68 +74,6 @@ fn packing(bench: &Bench, kept: &Kept, page: &mut Page) -> anyhow::Result<()> {
         table.row(row);
     }
     page.say(&table.text());
-    Ok(())
-}
-
-// ---------------------------------------------------------------------------------------------- times
-
-fn times(bench: &Bench, kept: &Kept, page: &mut Page) -> anyhow::Result<()> {
-    page.say("## Times");
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    page.say(&format!(
-        "**These differ from run to run and from machine to machine**; this one has {cores} core{}, which both ends share.",
-        if cores == 1 { "" } else { "s" }
-    ));
-    if let Some(outcome) = codec::result(bench, kept)? {
-        page.say("Packing and unpacking `g` of the step above, million values a second, one core:");
-        let mut table = Table::new(&["", "pack", "unpack"]);
-        for speed in &outcome.speeds {
-            table.row(vec![speed.how.clone(), format!("{:.0}", speed.pack), format!("{:.0}", speed.unpack)]);
-        }
-        page.say(&table.text());
-    }
-    let results = links::results(bench, kept)?;
-    if results.iter().all(|row| row.outcomes.iter().all(Option::is_none)) {
-        page.say("Slow lines: **not run yet.**");
-        return Ok(());
-    }
-    let done = links::Amount::of(bench);
-    page.say(&format!(
-        "Seconds a step of nano-llava between a real server and a native participant, through a proxy that delays and limits each direction \
-         (its round trip in ms, its rate each way): batches of {}, {} samples, each with a picture of its own, {} passes. First the passes \
-         after the first, then the first, in which `low-rank` sends the features too.",
-        done.batch, done.samples, done.passes
-    ));
-    for later in [true, false] {
-        let mut head = vec![if later { "later passes" } else { "first pass" }.to_owned()];
-        head.extend(links::lines(bench).into_iter().map(links::Line::words));
-        let mut table = Table::new(&head);
-        for row in &results {
-            let mut cells = vec![row.case.variant.name.to_owned()];
-            cells.extend(row.outcomes.iter().map(|outcome| match outcome {
-                Some(o) => format!("{:.2}", if later { o.later } else { o.first }),
-                None => NOTHING.to_owned(),
-            }));
-            table.row(cells);
-        }
-        page.say(&table.text());
-    }
-    let all = || results.iter().flat_map(|row| row.outcomes.iter().flatten());
-    let sum = |of: fn(&links::Outcome) -> (u64, u64)| {
-        all().map(of).fold((0, 0), |sum, (up, down)| (sum.0 + up, sum.1 + down))
-    };
-    let ((up, down), (frames_up, frames_down)) = (sum(|o| o.line), sum(|o| o.frames));
-    let more =
-        |line: u64, frames: u64| format!("{:+.3} %", (line as f64 - frames as f64) / frames.max(1) as f64 * 100.0);
-    page.say(&format!(
-        "The proxies carried {} up and {} down, the ledgers count {} and {}: {} and {} for the HTTP handshakes and WebSocket's framing.",
-        amount(up),
-        amount(down),
-        amount(frames_up),
-        amount(frames_down),
-        more(up, frames_up),
-        more(down, frames_down),
-    ));
     Ok(())
 }
 
@@ -476,6 +140,20 @@ fn amount(bytes: u64) -> String {
         1_000_000_000.. => format!("{:.2} GB", bytes as f64 / 1e9),
         _ => format!("{:.1} MB", bytes as f64 / 1e6),
     }
+}
+
+/// Seconds, minutes or hours.
+fn duration(seconds: f64) -> String {
+    match seconds {
+        3600.0.. => format!("{:.1} h", seconds / 3600.0),
+        60.0.. => format!("{:.1} min", seconds / 60.0),
+        _ => format!("{seconds:.1} s"),
+    }
+}
+
+/// A deviation, also one that is next to nothing.
+fn off(share: f64) -> String {
+    if share == 0.0 { "none".to_owned() } else { format!("{:+.1e} %", share * 100.0) }
 }
 
 fn percent(share: f64) -> String {
@@ -554,5 +232,7 @@ pub(super) mod tests {
         assert_eq!((times_less(100, 4), less(5, 100)), ("25.00".into(), "95.0 %".into()));
         assert_eq!([spread(&[1.0, 3.0], false), spread(&[0.5], true)], ["2.00 ± 1.41 (2)", "+0.50 (1)"]);
         assert_eq!(spread(&[], true), NOTHING);
+        assert_eq!([59.94, 90.0, 12_600.0].map(duration), ["59.9 s", "1.5 min", "3.5 h"]);
+        assert_eq!([0.0, -1e-9].map(off), ["none", "-1.0e-7 %"]);
     }
 }

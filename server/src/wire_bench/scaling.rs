@@ -9,14 +9,17 @@
 //! | their gradients, downward | each step |
 //! | squares of gradients, downward | once a group of Fisher requests |
 //! | adapters and Fisher values | each round |
+//! | heads of tensors in f16, lengths of the labels' lists | each request |
 //! | control | each request |
 
 use super::Way;
 use crate::account::{Options, account};
+use crate::presets::{Part, PublishedTensor, tensors};
 use anyhow::Context;
 use fednano_shared::bundle::EdgeDtype;
 use fednano_shared::config::ModelConfig;
 use fednano_shared::ledger::{Kind, Traffic};
+use fednano_shared::settings::Format;
 use fednano_shared::wire::agreement;
 use serde::{Deserialize, Serialize};
 
@@ -65,6 +68,17 @@ impl Load {
         self.fisher_rounds() * self.requests_of_a_pass().div_ceil(FISHER_GROUP)
     }
 
+    /// Bytes of the lengths of the labels' lists, one a request, where a sample has so many labels.
+    fn list_lengths(&self, labels: u64) -> u64 {
+        let batch = self.batch.max(1);
+        let of = |samples: u64| {
+            let rest = samples % batch;
+            let last = if rest > 0 { length_bytes(rest * labels) } else { 0 };
+            (samples / batch) * length_bytes(batch * labels) + last
+        };
+        self.rounds * of(self.epochs * self.samples) + self.fisher_rounds() * of(self.samples)
+    }
+
     /// How often what is counted under a kind is sent.
     fn times(&self, way: Way, kind: Kind) -> u64 {
         match (way, kind) {
@@ -81,19 +95,66 @@ impl Load {
     }
 }
 
-/// Bytes of `from`, as they would be with `to`. `matrices`: bytes of the matrices' gradients, which come with each step's reply under
-/// the same kind as those of the positions (0 where there are none).
-pub(super) fn scaled(traffic: &Traffic, from: &Load, to: &Load, matrices: u64) -> Traffic {
+/// Bytes of a list's length as it is written: 7 bits each.
+fn length_bytes(length: u64) -> u64 {
+    u64::from((u64::BITS - (length | 1).leading_zeros()).div_ceil(7))
+}
+
+/// What of a kind does not grow with the rest of it, as each form has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Fixed {
+    /// Gradients of the matrices in a step's reply, under the same kind as those of the positions.
+    pub(super) matrices: u64,
+    /// Heads of the tensors of codes or activations in a request.
+    pub(super) heads_up: u64,
+    /// Heads of their gradients in its reply.
+    pub(super) heads_down: u64,
+    /// Labels of a sample; their list begins with its length.
+    pub(super) labels: u64,
+}
+
+impl Fixed {
+    /// In a whole federation.
+    fn bytes(&self, way: Way, kind: Kind, load: &Load) -> u64 {
+        match (way, kind) {
+            (Way::Up, Kind::Activations | Kind::Codes) => self.heads_up * load.requests(),
+            (Way::Up, Kind::Labels) => load.list_lengths(self.labels),
+            (Way::Down, Kind::Gradients) => self.matrices * load.steps() + self.heads_down * load.requests(),
+            _ => 0,
+        }
+    }
+}
+
+/// Bytes of `from`, as they would be with `to`.
+pub(super) fn scaled(traffic: &Traffic, from: &Load, to: &Load, fixed: &Fixed) -> Traffic {
     let mut result = Traffic::default();
     for way in Way::BOTH {
         for kind in Kind::ALL {
-            let mixed = (way, kind) == (Way::Down, Kind::Gradients);
-            let (had, has) = if mixed { (matrices * from.steps(), matrices * to.steps()) } else { (0, 0) };
-            let rest = way.get(traffic, kind).saturating_sub(had);
-            way.count(&mut result, kind, has + times(rest, to.times(way, kind), from.times(way, kind)));
+            let bytes = way.get(traffic, kind);
+            if bytes > 0 {
+                let rest = bytes.saturating_sub(fixed.bytes(way, kind, from));
+                let grown = times(rest, to.times(way, kind), from.times(way, kind));
+                way.count(&mut result, kind, fixed.bytes(way, kind, to) + grown);
+            }
         }
     }
     result
+}
+
+/// The largest number of samples with which no more is sent than `bytes`; none: not even one is.
+pub(super) fn most_samples(bytes: u64, total: impl Fn(u64) -> u64) -> Option<u64> {
+    /// Nobody has more.
+    const MOST: u64 = 10_000_000;
+    let (mut fits, mut too_many) = (0, MOST);
+    while too_many - fits > 1 {
+        let middle = fits + (too_many - fits) / 2;
+        if total(middle) <= bytes {
+            fits = middle;
+        } else {
+            too_many = middle;
+        }
+    }
+    (fits > 0).then_some(fits)
 }
 
 /// `bytes * to / from`, rounded to the nearest.
@@ -153,31 +214,36 @@ pub(super) struct Shape {
     pub(super) answer: u64,
 }
 
+/// Bytes of each direction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Both {
+    pub(super) up: u64,
+    pub(super) down: u64,
+}
+
+impl Both {
+    pub(super) fn total(&self) -> u64 {
+        self.up + self.down
+    }
+}
+
 /// What the same tuning costs otherwise, bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Others {
-    /// Hidden states in f16, without text and labels; adapters (and Fisher values) in f16.
-    pub(super) plain_up: u64,
-    /// Their gradients in f16; merged adapters in f16.
-    pub(super) plain_down: u64,
+    /// Hidden states up and their gradients down in f16, without text and labels; adapters (and Fisher values) in f16.
+    pub(super) plain: Both,
+    /// The same with hidden states and gradients in int8, a scale for each position.
+    pub(super) plain_int8: Both,
     /// LoRA on all linear layers and the whole connector in f16, up in each round; down just as much.
-    pub(super) lora_up: u64,
-    /// The participant's half of the model in int8, once.
+    pub(super) lora: Both,
+    /// The same in int8, a scale for each row of each matrix; biases in f16.
+    pub(super) lora_int8: Both,
+    /// The participant's half of the model in f16, once.
     pub(super) edge: u64,
+    /// The same in int8.
+    pub(super) edge_int8: u64,
     /// The whole model in f16, which tuning LoRA on the participant's device needs.
     pub(super) whole: u64,
-}
-
-impl Others {
-    /// Both directions.
-    pub(super) fn plain(&self) -> u64 {
-        self.plain_up + self.plain_down
-    }
-
-    /// Both directions.
-    pub(super) fn lora(&self) -> u64 {
-        2 * self.lora_up
-    }
 }
 
 /// Load it out.
@@ -185,29 +251,50 @@ impl Others {
 /// # Errors
 /// A shape out of range.
 pub(super) fn others(shape: &Shape, load: &Load) -> anyhow::Result<Others> {
-    let options = Options {
+    let options = |edge_dtype| Options {
         rank: shape.rank,
-        edge_dtype: EdgeDtype::Int8,
+        edge_dtype,
         batch: load.batch,
         question_tokens: shape.question,
         answer_tokens: shape.answer,
         samples: load.samples,
         local_epochs: load.epochs,
     };
-    let account = account(&shape.config, options)?;
+    let (account, account_int8) =
+        (account(&shape.config, options(EdgeDtype::F16))?, account(&shape.config, options(EdgeDtype::Int8))?);
     let bytes = |key: &str, form: &str| {
-        let line = account.line(key).with_context(|| format!("the account has no line '{key}'"))?;
+        let line = if (key, form) == ("edge", "int8") { account_int8.line(key) } else { account.line(key) };
+        let line = line.with_context(|| format!("the account has no line '{key}'"))?;
         line.bytes.get(form).copied().with_context(|| format!("the account's line '{key}' has no {form}"))
     };
-    let (hidden, adapters) = (bytes("activations.up", "f16")?, bytes("adapters", "f16")?);
+    let (adapters, passes) = (bytes("adapters", "f16")?, load.passes());
     let uploads = if load.fisher { 2 } else { 1 };
+    let plain = |hidden: u64| Both {
+        up: passes * hidden + load.rounds * uploads * adapters,
+        down: passes * hidden + (load.rounds + 1) * adapters,
+    };
+    let lora = |round: u64| Both { up: load.rounds * round, down: load.rounds * round };
     Ok(Others {
-        plain_up: load.passes() * hidden + load.rounds * uploads * adapters,
-        plain_down: load.passes() * hidden + (load.rounds + 1) * adapters,
-        lora_up: load.rounds * bytes("lora.projector", "f16")?,
-        edge: bytes("edge", "int8")?,
+        plain: plain(bytes("activations.up", "f16")?),
+        plain_int8: plain(bytes("activations.up", "int8")?),
+        lora: lora(bytes("lora.projector", "f16")?),
+        lora_int8: lora(tensors(&shape.config).iter().map(|t| tuned_int8(t, shape.rank)).sum()),
+        edge: bytes("edge", "f16")?,
+        edge_int8: bytes("edge", "int8")?,
         whole: bytes("lora.download", "f16")?,
     })
+}
+
+/// What LoRA with the connector sends of a tensor in int8: of a decoder matrix `[out, in]` the factors `[out, r]` and `[r, in]`.
+fn tuned_int8(tensor: &PublishedTensor, rank: u64) -> u64 {
+    let int8 = |rows: u64, width: u64| Format::Int8.bytes(rows, width);
+    let (rows, width) = (tensor.matrix().0 as u64, tensor.matrix().1 as u64);
+    match tensor.part {
+        Part::DecoderMatrix => int8(rows, rank) + int8(rank, width),
+        Part::Projector if tensor.shape.len() == 2 => int8(rows, width),
+        Part::Projector => 2 * width,
+        _ => 0,
+    }
 }
 
 #[cfg(test)]
@@ -230,38 +317,60 @@ mod tests {
         assert_eq!(load(64, true).fisher_groups(), 10);
     }
 
+    #[test]
+    fn lengths_of_lists_by_hand() {
+        assert_eq!([0, 1, 127, 128, 16_383, 16_384].map(length_bytes), [1, 1, 1, 2, 2, 3]);
+        // Two full requests of 256 labels, and one of 8 samples with 128.
+        assert_eq!(load(40, false).list_lengths(16), 10 * (2 + 2 + 2));
+        // The last one has 7 samples with 112 labels.
+        assert_eq!(load(39, true).list_lengths(16), 20 * (2 + 2 + 1));
+    }
+
     /// Bytes as the rules have them.
-    fn made(w: &Load, matrices: u64) -> Traffic {
+    fn made(w: &Load, fixed: &Fixed) -> Traffic {
         let mut traffic = Traffic::default();
         traffic.up.count(Kind::Features, 2_360_448 * w.samples);
-        traffic.up.count(Kind::Codes, 42_240 * w.passes());
+        traffic.up.count(Kind::Codes, 42_240 * w.passes() + fixed.heads_up * w.requests());
         traffic.up.count(Kind::Text, 160 * w.passes());
-        traffic.up.count(Kind::Matrices, matrices * (w.steps() + w.fisher_rounds()));
+        traffic.up.count(Kind::Labels, 96 * w.passes() + w.list_lengths(fixed.labels));
+        traffic.up.count(Kind::Matrices, fixed.matrices * (w.steps() + w.fisher_rounds()));
         traffic.up.count(Kind::Adapters, 4_194_400 * w.rounds);
         traffic.up.count(Kind::Fisher, 4_194_400 * w.fisher_rounds());
-        traffic.down.count(Kind::Gradients, 42_240 * w.passes() + matrices * w.steps());
-        traffic.down.count(Kind::Fisher, matrices * w.fisher_groups());
+        let gradients = 42_240 * w.passes() + fixed.matrices * w.steps() + fixed.heads_down * w.requests();
+        traffic.down.count(Kind::Gradients, gradients);
+        traffic.down.count(Kind::Fisher, fixed.matrices * w.fisher_groups());
         traffic.down.count(Kind::Adapters, 4_194_400 * (w.rounds + 1));
         traffic.down.count(Kind::Control, 500 * w.requests());
         traffic
     }
 
+    const FIXED: Fixed = Fixed { matrices: 540_672, heads_up: 2, heads_down: 2, labels: 16 };
+
     #[test]
     fn kinds_grow_by_their_rules_exactly() {
         for fisher in [false, true] {
-            for (from, to) in [(64, 1000), (64, 128), (128, 1000), (1000, 64), (8, 9)] {
+            for (from, to) in [(64, 1000), (32, 136), (136, 1000), (1000, 64), (8, 9)] {
                 let (from, to) = (load(from, fisher), load(to, fisher));
-                let forecast = scaled(&made(&from, 1_048_576), &from, &to, 1_048_576);
-                assert_eq!(forecast, made(&to, 1_048_576));
-                let deviation = deviation(&forecast, &made(&to, 1_048_576));
+                let forecast = scaled(&made(&from, &FIXED), &from, &to, &FIXED);
+                assert_eq!(forecast, made(&to, &FIXED));
+                let deviation = deviation(&forecast, &made(&to, &FIXED));
                 assert_eq!((deviation.total, deviation.worst, deviation.control), (0.0, 0.0, 0.0));
             }
         }
         // Steps of 1,000 samples are 63 and not 62.5: samples alone would not do.
-        let (from, to) = (load(64, false), load(1000, false));
-        let scaled = scaled(&made(&from, 7), &from, &to, 7);
+        let (from, to, fixed) = (load(64, false), load(1000, false), Fixed { matrices: 7, ..FIXED });
+        let scaled = scaled(&made(&from, &fixed), &from, &to, &fixed);
         assert_eq!(scaled.up.matrices, 7 * 630);
         assert_eq!(scaled.up.adapters, 41_944_000);
+        // Of what is never sent there is nothing fixed either.
+        assert_eq!(scaled.up.activations, 0);
+    }
+
+    #[test]
+    fn samples_up_to_a_bound() {
+        assert_eq!(most_samples(100, |samples| 10 + 9 * samples), Some(10));
+        assert_eq!(most_samples(99, |samples| 10 + 9 * samples), Some(9));
+        assert_eq!(most_samples(18, |samples| 10 + 9 * samples), None);
     }
 
     #[test]
@@ -284,14 +393,20 @@ mod tests {
         let shape = Shape { config, rank: 64, question: 48, answer: 16 };
         let o = others(&shape, &load(1000, false)).unwrap();
         let adapters = 2 * 1_048_576;
-        assert_eq!(o.plain_up, 10_000 * 640 * 4096 * 2 + 10 * adapters);
-        assert_eq!(o.plain_down, 10_000 * 640 * 4096 * 2 + 11 * adapters);
-        assert_eq!(o.lora(), 2 * 10 * 2 * 180_887_552);
-        assert!(o.edge > 443_223_040 && o.edge < 450_000_000, "{}", o.edge);
-        // Codes in int8, matrices in f16: what the boundary was made for.
-        let ours = made(&load(1000, false), 1_048_576).total();
-        assert!(o.plain() >= 20 * ours && o.lora() > ours, "{ours} of {} and {}", o.plain(), o.lora());
+        assert_eq!(o.plain.up, 10_000 * 640 * 4096 * 2 + 10 * adapters);
+        assert_eq!(o.plain.down, 10_000 * 640 * 4096 * 2 + 11 * adapters);
+        assert_eq!(o.plain_int8.up, 10_000 * 640 * 4098 + 10 * adapters);
+        assert_eq!(o.lora.total(), 2 * 10 * 2 * 180_887_552);
+        // A byte a value, one more a value of the two biases, and 2 a row: in each of 32 layers 64 + 4096 of q, k, v, o and down,
+        // 64 + 11008 of gate and up; 2 * 4096 of the connector.
+        let rows = 32 * (5 * (64 + 4096) + 2 * (64 + 11_008)) + 2 * 4096;
+        assert_eq!(o.lora_int8.up, 10 * (180_887_552 + 2 * 4096 + 2 * rows));
+        assert_eq!(o.edge, 2 * 443_223_040);
+        assert!(o.edge_int8 > 443_223_040 && o.edge_int8 < 450_000_000, "{}", o.edge_int8);
+        // All in int8: what the boundary was made for.
+        let ours = made(&load(1000, false), &FIXED).total();
+        assert!(o.plain.total() >= 20 * ours && o.lora.total() > ours, "{ours} of {o:?}");
         let with_fisher = others(&shape, &load(1000, true)).unwrap();
-        assert_eq!(with_fisher.plain_up, 20_000 * 640 * 4096 * 2 + 20 * adapters);
+        assert_eq!(with_fisher.plain.up, 20_000 * 640 * 4096 * 2 + 20 * adapters);
     }
 }

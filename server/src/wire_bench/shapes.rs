@@ -6,9 +6,10 @@
 //! answers are below [`HEAD`]: 2 bytes each, where those of the true vocabulary have up to 3.
 
 use super::kept::{Kept, key};
-use super::scaling::{Load, Shape};
-use super::{Bench, Variant, Work};
-use crate::coordinator::{self, Federation, Founding};
+use super::scaling::{self, Deviation, Fixed, Load, Shape};
+use super::{Bench, DEFAULT, MIXED, PLENTY, Variant, Work};
+use crate::coordinator::{self, Founding};
+use crate::experiment::run::settled;
 use crate::held_out::HeldOut;
 use crate::llm_host::{self, LlmHandle, Order};
 use crate::native::{ChannelConnector, TokioClock};
@@ -33,7 +34,7 @@ use fednano_shared::model::{clip::VisionTower, llama::Llama, projector::Projecto
 use fednano_shared::plain::TensorBlob;
 use fednano_shared::settings::{BoundaryChoice, FederationSettings, Format, Strategy};
 use fednano_shared::step::FrozenLlm;
-use fednano_shared::wire::agreement::Offer;
+use fednano_shared::wire::agreement::{FISHER_GROUP, Offer};
 use fednano_shared::wire::convert::Shapes;
 use fednano_shared::wire::numbers::Coder;
 use fednano_shared::wire::{ClientKind, Hello, ParticipantId, Purpose};
@@ -59,26 +60,34 @@ pub(super) struct Outcome {
     pub(super) seconds: f64,
 }
 
+/// One more whenever the program sends other bytes for the same settings. 2: features in frames of about 1 MiB.
+const FORMAT: u32 = 2;
+
 /// A federation that is measured.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Cell {
     pub(super) variant: Variant,
     pub(super) strategy: Strategy,
-    /// It is run once more with twice the samples.
+    /// It is run once more with [`second`] samples.
     pub(super) twice: bool,
+    /// The server's cache has room for half of the participant's features alone.
+    pub(super) half: bool,
 }
 
 /// All cells, strategy by strategy.
 pub(super) fn cells() -> Vec<Cell> {
+    let default = Variant::low_rank(DEFAULT, Format::Int8);
     let variants = [
-        (Variant::activations("activations f16", Format::F16), false),
-        (Variant::low_rank("low-rank f32", Format::F32), false),
-        (Variant::low_rank("low-rank f16", Format::F16), false),
-        (Variant::mixed("low-rank mixed"), true),
-        (Variant::low_rank("low-rank int8", Format::Int8), false),
+        Variant::activations("activations f16", Format::F16),
+        Variant::low_rank("low-rank f32", Format::F32),
+        Variant::low_rank("low-rank f16", Format::F16),
+        Variant::mixed(MIXED),
+        default,
     ];
-    let of = |strategy| variants.map(|(variant, twice)| Cell { variant, strategy, twice });
-    [Strategy::FedAvg, Strategy::Fisher].into_iter().flat_map(of).collect()
+    let of = |strategy| variants.map(|variant| Cell { variant, strategy, twice: variant == default, half: false });
+    let mut cells: Vec<Cell> = [Strategy::FedAvg, Strategy::Fisher].into_iter().flat_map(of).collect();
+    cells.push(Cell { variant: default, strategy: Strategy::FedAvg, twice: false, half: true });
+    cells
 }
 
 /// The variants alone.
@@ -102,12 +111,23 @@ pub(super) fn load(bench: &Bench, strategy: Strategy, samples: u64) -> Load {
     Load { samples, batch, rounds, epochs: 1, fisher: strategy == Strategy::Fisher }
 }
 
-/// Bytes of the gradients of both `up` matrices in one reply.
-pub(super) fn matrices(cell: &Cell, shape: &Shape) -> u64 {
-    match cell.variant.mode {
-        BoundaryChoice::LowRank => 2 * cell.variant.matrices.bytes(shape.config.text.hidden as u64, shape.rank),
-        BoundaryChoice::Activations | BoundaryChoice::Auto => 0,
-    }
+/// Samples of the second run, which checks the rules: more requests than a Fisher group has, the last of them half full.
+pub(super) fn second(bench: &Bench) -> u64 {
+    let batch = load(bench, Strategy::FedAvg, bench.samples).batch;
+    let samples = FISHER_GROUP as u64 * batch + batch / 2;
+    if samples == bench.samples { samples + batch } else { samples }
+}
+
+/// What of a cell's bytes does not grow with values.
+pub(super) fn fixed(cell: &Cell, shape: &Shape) -> Fixed {
+    let variant = &cell.variant;
+    let (tensors, matrices) = match variant.mode {
+        // Codes of image and of text positions; both matrices.
+        BoundaryChoice::LowRank => (2, 2 * variant.matrices.bytes(shape.config.text.hidden as u64, shape.rank)),
+        BoundaryChoice::Activations | BoundaryChoice::Auto => (1, 0),
+    };
+    let head = |format: Format| tensors * format.bytes(0, 1);
+    Fixed { matrices, heads_up: head(variant.codes), heads_down: head(variant.gradients), labels: shape.answer }
 }
 
 fn settings(cell: &Cell, shape: &Shape, load: &Load) -> anyhow::Result<FederationSettings> {
@@ -129,14 +149,59 @@ fn settings(cell: &Cell, shape: &Shape, load: &Load) -> anyhow::Result<Federatio
 
 fn cell_key(bench: &Bench, cell: &Cell, samples: u64) -> anyhow::Result<String> {
     let (shape, load) = (shape(bench)?, load(bench, cell.strategy, samples));
-    key("shapes", &(settings(cell, &shape, &load)?, load, shape.config.to_json(), shape.question, shape.answer))
+    let texts = (shape.question, shape.answer);
+    key("shapes", &(FORMAT, settings(cell, &shape, &load)?, load, shape.config.to_json(), texts, cell.half))
 }
 
-/// A cell and what is kept of it, with the samples asked for and with twice as many.
+/// A cell and what is kept of it.
 pub(super) struct Row {
     pub(super) cell: Cell,
+    /// With the samples asked for.
     pub(super) once: Option<Outcome>,
+    /// With [`second`] samples.
     pub(super) twice: Option<Outcome>,
+}
+
+impl Row {
+    /// All that is kept, by samples.
+    pub(super) fn outcomes(&self, bench: &Bench) -> impl Iterator<Item = (u64, &Outcome)> {
+        let all = [(bench.samples, &self.once), (second(bench), &self.twice)];
+        all.into_iter().filter_map(|(samples, outcome)| Some((samples, outcome.as_ref()?)))
+    }
+
+    /// The load and the bytes from which others are worked out: the larger run.
+    fn largest(&self, bench: &Bench) -> Option<(Load, Traffic)> {
+        let (samples, outcome) = self.outcomes(bench).max_by_key(|(samples, _)| *samples)?;
+        Some((load(bench, self.cell.strategy, samples), outcome.client))
+    }
+
+    /// Bytes with so many samples, by the rules; none without any run.
+    pub(super) fn scaled(&self, bench: &Bench, shape: &Shape, samples: u64) -> Option<Traffic> {
+        let (from, traffic) = self.largest(bench)?;
+        let to = load(bench, self.cell.strategy, samples);
+        Some(scaling::scaled(&traffic, &from, &to, &fixed(&self.cell, shape)))
+    }
+
+    /// How far the second run is from what the first one and the rules say; none where one of them is missing.
+    pub(super) fn deviation(&self, bench: &Bench, shape: &Shape) -> Option<Deviation> {
+        let load = |samples| load(bench, self.cell.strategy, samples);
+        let (from, to) = (load(bench.samples), load(second(bench)));
+        let forecast = scaling::scaled(&self.once.as_ref()?.client, &from, &to, &fixed(&self.cell, shape));
+        Some(scaling::deviation(&forecast, &self.twice.as_ref()?.client))
+    }
+
+    /// In words.
+    pub(super) fn name(&self) -> String {
+        self.cell.name()
+    }
+}
+
+impl Cell {
+    /// In words.
+    fn name(&self) -> String {
+        let half = if self.half { ", a cache of half of the features" } else { "" };
+        format!("{}, {}{half}", self.strategy, self.variant.name)
+    }
 }
 
 /// Every cell, whether there are runs of it or not.
@@ -144,7 +209,7 @@ pub(super) fn results(bench: &Bench, kept: &Kept) -> anyhow::Result<Vec<Row>> {
     let mut rows = Vec::new();
     for cell in cells() {
         let once = kept.get(&cell_key(bench, &cell, bench.samples)?);
-        let twice = kept.get(&cell_key(bench, &cell, 2 * bench.samples)?);
+        let twice = if cell.twice { kept.get(&cell_key(bench, &cell, second(bench))?) } else { None };
         rows.push(Row { cell, once, twice });
     }
     Ok(rows)
@@ -157,7 +222,7 @@ pub(super) fn results(bench: &Bench, kept: &Kept) -> anyhow::Result<Vec<Row>> {
 pub(super) fn measure(work: &mut Work<'_>) -> anyhow::Result<()> {
     let bench = work.bench;
     let mut wanted = Vec::new();
-    for samples in [bench.samples, 2 * bench.samples] {
+    for samples in [bench.samples, second(bench)] {
         for cell in cells().into_iter().filter(|cell| samples == bench.samples || cell.twice) {
             let key = cell_key(bench, &cell, samples)?;
             if work.kept.get::<Outcome>(&key).is_none() {
@@ -174,7 +239,7 @@ pub(super) fn measure(work: &mut Work<'_>) -> anyhow::Result<()> {
     let bar = ProgressBar::new(wanted.len() as u64);
     bar.set_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} federations, {elapsed} spent, {eta} left")?);
     for (key, cell, samples) in wanted {
-        let name = format!("{}, {}, {samples} samples", cell.strategy, cell.variant.name);
+        let name = format!("{}, {samples} samples", cell.name());
         let load = load(bench, cell.strategy, samples);
         let outcome = work
             .runtime
@@ -213,7 +278,7 @@ impl Model {
         let side = ModelSide {
             table: Arc::new(TextTable::new(widened).map_err(anyhow::Error::msg)?),
             shape: Shapes { dim: config.text.hidden, image_positions: config.image_tokens() },
-            feature_cache: FEATURES,
+            feature_cache: PLENTY,
             lockstep: false,
         };
         let edge = Arc::new(edge(config, table, &device)?);
@@ -247,9 +312,6 @@ fn thin(text: &TextConfig) -> TextConfig {
         ..text.clone()
     }
 }
-
-/// Features that the server keeps: more than all that are sent here.
-const FEATURES: usize = 4 << 30;
 
 /// Random rows for all ids.
 fn table(config: &ModelConfig) -> Vec<f16> {
@@ -308,8 +370,16 @@ fn samples(shape: &Shape, format: Format, count: u64, seed: u64) -> anyhow::Resu
 
 /// Name of the federation.
 const NAME: &str = "shapes";
-/// Sessions have so long to end once their clients are done.
-const SETTLE: Duration = Duration::from_secs(60);
+
+/// Bytes of features that the server keeps: those of half of the pictures and of the other participant's one, or all.
+fn room(shape: &Shape, cell: &Cell, load: &Load) -> anyhow::Result<usize> {
+    if !cell.half {
+        return Ok(PLENTY);
+    }
+    let (positions, dim) = (shape.config.image_tokens() as u64, shape.config.text.hidden as u64);
+    let pictures = load.samples.div_ceil(2) + 1;
+    Ok(usize::try_from(pictures * cell.variant.features.bytes(positions, dim))?)
+}
 
 /// The participant that is measured, and another one with a single sample: merging must change the adapters, as it does among people.
 async fn federation(model: &Model, shape: &Shape, cell: &Cell, load: &Load) -> anyhow::Result<Outcome> {
@@ -325,8 +395,9 @@ async fn federation(model: &Model, shape: &Shape, cell: &Cell, load: &Load) -> a
     let store = Store::open(folder.path(), NAME)?;
     let federation = coordinator::start(founding, model.host.clone(), model.held_out.clone(), store)?;
     let federations = BTreeMap::from([(NAME.to_owned(), federation.clone())]);
-    let shared = Shared::new(federations, model.host.clone(), CancellationToken::new(), &model.side);
-    // In the format agreed from the start, so that they are in memory once.
+    let side = ModelSide { feature_cache: room(shape, cell, load)?, ..model.side.clone() };
+    let shared = Shared::new(federations, model.host.clone(), CancellationToken::new(), &side);
+    // In the format agreed from the start, so that nothing has to be converted.
     let format = cell.variant.features;
     let (measured, other) = (samples(shape, format, load.samples, 1)?, samples(shape, format, 1, 2)?);
     let (measured, other) = tokio::select! {
@@ -335,7 +406,7 @@ async fn federation(model: &Model, shape: &Shape, cell: &Cell, load: &Load) -> a
     };
     other.context("the other participant did not get to the end")?;
     let (id, client) = measured.context("the participant did not get to the end")?;
-    settle(&federation).await;
+    settled(&federation).await;
     let ledger = federation.ledger().await.context("the federation has ended before its bytes were added up")?;
     let server = ledger.participants.iter().find(|p| p.id == id).context("the server does not know the participant")?;
     let server = server.total;
@@ -359,7 +430,7 @@ async fn take_part(model: &Model, shared: &Shared, cache: &FeatureCache) -> anyh
             download: None,
         },
         edge: &model.edge,
-        cache,
+        cache: &mut cache.clone(),
         device: &model.device,
         max_tries: 1, // a second connection would send more
         keep_every: Duration::MAX,
@@ -387,20 +458,11 @@ impl Observer for Watch {
     }
 }
 
-/// Wait until all sessions have ended: only then are all bytes handed over.
-async fn settle(federation: &Federation) {
-    let mut status = federation.finished().await;
-    let since = Instant::now();
-    while status.participants.iter().any(|p| p.connected) && since.elapsed() < SETTLE {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-        status = federation.status();
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::report::tests::bench;
     use super::*;
+    use fednano_shared::ledger::Kind;
     use std::collections::BTreeSet;
 
     #[test]
@@ -432,16 +494,65 @@ mod tests {
         let shape = shape(&bench).unwrap();
         let mut keys = BTreeSet::new();
         for cell in cells() {
-            for samples in [8, 16] {
+            for samples in [bench.samples, second(&bench)] {
                 let load = load(&bench, cell.strategy, samples);
                 settings(&cell, &shape, &load).unwrap().validate_for_server().unwrap();
                 keys.insert(cell_key(&bench, &cell, samples).unwrap());
             }
         }
-        assert_eq!(keys.len(), 20);
-        let of = |name: &str| matrices(cells().iter().find(|c| c.variant.name == name).unwrap(), &shape);
-        let (d, r) = (shape.config.text.hidden as u64, shape.rank);
-        assert_eq!([of("activations f16"), of("low-rank f32")], [0, 8 * d * r]);
-        assert_eq!([of("low-rank mixed"), of("low-rank int8")], [2 * (2 * d * r + 1), 2 * d * (r + 2)]);
+        assert_eq!((cells().len(), keys.len()), (11, 22));
+        let of = |name: &str| fixed(cells().iter().find(|c| c.variant.name == name).unwrap(), &shape);
+        let (d, r, labels) = (shape.config.text.hidden as u64, shape.rank, shape.answer);
+        let f16 = Fixed { matrices: 0, heads_up: 1, heads_down: 1, labels };
+        assert_eq!(of("activations f16"), f16);
+        assert_eq!(of("low-rank f16"), Fixed { matrices: 2 * (2 * d * r + 1), heads_up: 2, heads_down: 2, labels });
+        let none = Fixed { labels, ..Fixed::default() };
+        assert_eq!(of("low-rank f32"), Fixed { matrices: 8 * d * r, ..none });
+        assert_eq!(of(MIXED), Fixed { matrices: 2 * (2 * d * r + 1), ..none });
+        assert_eq!(of(DEFAULT), Fixed { matrices: 2 * d * (r + 2), ..none });
+    }
+
+    #[test]
+    fn the_second_run_has_several_groups_and_a_request_that_is_not_full() {
+        let quick = bench();
+        let full = Bench { size: crate::experiment::grid::Size::Full, samples: 32, ..quick.clone() };
+        assert_eq!((second(&quick), second(&full)), (34, 136));
+        // The same number would check nothing.
+        assert_eq!(second(&Bench { samples: 136, ..full }), 152);
+        let checked: Vec<Cell> = cells().into_iter().filter(|cell| cell.twice).collect();
+        assert!(checked.iter().all(|cell| cell.variant.name == DEFAULT && !cell.half));
+        assert_eq!(checked.len(), 2);
+    }
+
+    #[test]
+    fn the_larger_run_is_scaled_and_a_wrong_rule_shows() {
+        let bench = bench();
+        let shape = shape(&bench).unwrap();
+        let cell = cells().into_iter().find(|cell| cell.twice).unwrap();
+        let outcome = |codes: u64| {
+            let mut client = Traffic::default();
+            client.up.count(Kind::Codes, codes);
+            Some(Outcome { client, server: client, seconds: 1.0 })
+        };
+        let mut row = Row { cell, once: outcome(8_000), twice: None };
+        assert_eq!((row.deviation(&bench, &shape), row.outcomes(&bench).count()), (None, 1));
+        assert_eq!(row.scaled(&bench, &shape, 1000).map(|t| t.up.codes), Some(1_000_000));
+        row.twice = outcome(34_000);
+        assert_eq!(row.deviation(&bench, &shape).map(|d| d.worst), Some(0.0));
+        row.twice = outcome(68_000);
+        assert_eq!(row.deviation(&bench, &shape).map(|d| d.worst), Some(-0.5));
+        assert_eq!(row.scaled(&bench, &shape, 1000).map(|t| t.up.codes), Some(2_000_000));
+    }
+
+    #[test]
+    fn half_a_cache_has_room_for_half_of_the_pictures() {
+        let bench = bench();
+        let shape = shape(&bench).unwrap();
+        let load = load(&bench, Strategy::FedAvg, 8);
+        let cells = cells();
+        let half = cells.iter().find(|cell| cell.half).unwrap();
+        let picture = shape.config.image_tokens() * (shape.config.text.hidden + 2);
+        assert_eq!(room(&shape, half, &load).unwrap(), 5 * picture);
+        assert_eq!(room(&shape, &cells[0], &load).unwrap(), PLENTY);
     }
 }

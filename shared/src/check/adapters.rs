@@ -63,7 +63,7 @@ pub async fn backward(
     };
     let (x, g) = (tensor::<2>(&batch.x, device), tensor::<2>(g, device)); // [T,D]
     let encoded = adapters.encode(&x, &batch.positions);
-    let (u, _) = adapters.backward_hidden(&encoded, g.clone());
+    let (u, _) = adapters.backward_hidden(&encoded, &g, false);
     let down = adapters.backward_rows(&encoded, &u);
     let up = adapters.backward_hidden_rows(&encoded, &g);
     for (part, rows) in down.iter() {

@@ -110,14 +110,14 @@ pub(super) fn hash_of<V: Serialize>(value: &V) -> Hash {
     Sha256::digest(postcard::to_extend(value, Vec::new()).unwrap_or_default()).into()
 }
 
-/// SHA-256 of what tells one set of samples from another.
+/// SHA-256 of what tells one set of samples from another, in whichever format its pictures are.
 fn hash_of_data(cache: &FeatureCache) -> Hash {
     let mut hash = Sha256::new();
     for sample in &cache.samples {
         hash.update((sample.encoded.ids.len() as u64).to_le_bytes());
         sample.encoded.ids.iter().for_each(|id| hash.update(id.to_le_bytes()));
     }
-    cache.pictures.iter().for_each(|picture| hash.update(picture.key.0.to_le_bytes()));
+    cache.pictures.iter().for_each(|picture| hash.update(picture.origin.0.to_le_bytes()));
     hash.finalize().into()
 }
 
@@ -186,7 +186,10 @@ impl<'a, K: Clock, S: Keeper> Desk<'a, K, S> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::settings::AdapterChoice;
+    use crate::edge::PictureFeatures;
+    use crate::settings::{AdapterChoice, Format};
+    use crate::wire::numbers::Coder;
+    use std::sync::Arc;
 
     fn snapshot() -> Snapshot {
         let adapter = AdapterState::zeros(AdapterChoice::Text, 1, 2);
@@ -224,6 +227,18 @@ mod tests {
             assert_eq!(decode(&bytes[..length]), None, "of {length} bytes");
         }
         assert_eq!(decode(&[bytes, vec![0]].concat()), None);
+    }
+
+    #[test]
+    fn data_are_the_same_in_another_format() {
+        let cache = |value: f32| {
+            let packed = Coder::EXACT.pack("features", &[value, 0.3, 0.7, 0.1], 4).unwrap();
+            FeatureCache { pictures: vec![Arc::new(PictureFeatures::new(packed, 4))], samples: Vec::new() }
+        };
+        let mut converted = cache(1.0);
+        converted.convert(Format::Int8, 4).unwrap();
+        assert_eq!(hash_of_data(&converted), hash_of_data(&cache(1.0)));
+        assert_ne!(hash_of_data(&converted), hash_of_data(&cache(2.0)));
     }
 
     #[test]

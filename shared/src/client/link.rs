@@ -10,7 +10,7 @@ use crate::settings::{Overlap, Rounding};
 use crate::step;
 use crate::wire::agreement::Agreement;
 use crate::wire::numbers::PictureKey;
-use crate::wire::{self, ClientMessage, ParticipantId, ServerMessage};
+use crate::wire::{self, ClientMessage, ParticipantId, ServerMessage, WireError};
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
@@ -138,7 +138,11 @@ impl<'a, T: Transport, O: Observer> Link<'a, T, O> {
             }
             Err(e) => {
                 self.meter.down_unread(frame.len());
-                Err(protocol(&e.to_string()))
+                Err(match e {
+                    // They have remedies of their own.
+                    WireError::Version { .. } | WireError::TooLarge(_) => ClientError::Unread(e).into(),
+                    _ => protocol(&e.to_string()),
+                })
             }
         }
     }
@@ -146,19 +150,34 @@ impl<'a, T: Transport, O: Observer> Link<'a, T, O> {
     /// The next message that is neither a status, which is passed on, nor the server's goodbye, which is an interruption.
     pub(super) async fn listen(&mut self) -> Result<ServerMessage, Interruption> {
         loop {
-            match self.receive().await? {
-                ServerMessage::Status(status) => self.observer.event(ClientEvent::Status(&status)),
-                ServerMessage::Closing(fault) => return Err(Interruption::Lost(fault.to_string())),
-                other => return Ok(other),
+            if let Some(message) = self.hear().await? {
+                return Ok(message);
             }
         }
     }
 
-    /// What to do next: what arrived earlier, or the next message.
-    pub(super) async fn next(&mut self) -> Result<ServerMessage, Interruption> {
-        match self.order.take() {
-            Some(order) => Ok(order),
-            None => self.listen().await,
+    /// One message; none: it was a status.
+    async fn hear(&mut self) -> Result<Option<ServerMessage>, Interruption> {
+        match self.receive().await? {
+            ServerMessage::Status(status) => {
+                self.observer.event(ClientEvent::Status(&status));
+                Ok(None)
+            }
+            ServerMessage::Closing(fault) => Err(Interruption::Lost(fault.to_string())),
+            other => Ok(Some(other)),
+        }
+    }
+
+    /// What to do next: what arrived earlier, or the next message. It may be long in coming; bytes are told meanwhile.
+    pub(super) async fn next(&mut self, now: impl Fn() -> Duration) -> Result<ServerMessage, Interruption> {
+        if let Some(order) = self.order.take() {
+            return Ok(order);
+        }
+        loop {
+            self.tell(now());
+            if let Some(message) = self.hear().await? {
+                return Ok(message);
+            }
         }
     }
 
@@ -206,7 +225,12 @@ impl<'a, T: Transport, O: Observer> Link<'a, T, O> {
         }
     }
 
-    /// Bytes of all connections, by round.
+    /// Bytes of all connections.
+    pub(crate) fn traffic(&self) -> Traffic {
+        Traffic::sum(self.rounds().values())
+    }
+
+    /// The same by round.
     fn rounds(&self) -> BTreeMap<u32, Traffic> {
         let mut rounds = self.lasting.earlier.clone();
         for (round, traffic) in self.meter.by_round() {

@@ -29,7 +29,7 @@ use crate::model::adapter::DeviceError;
 use crate::plain::AdapterState;
 use crate::settings::{FederationSettings, Strategy};
 use crate::wire::agreement::{Agreement, Offer};
-use crate::wire::numbers::{Format, NumbersError};
+use crate::wire::numbers::NumbersError;
 use crate::wire::{
     self, ClientMessage, Fault, Hello, LocalEvaluation, ParticipantId, ServerMessage, SessionToken, Status,
 };
@@ -38,7 +38,6 @@ use keep::{Desk, RoundSnapshot};
 use link::{Lasting, protocol, rounding_seed};
 use round::LocalRound;
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::Duration;
 
 /// Whole frames in order; a WebSocket or a channel.
@@ -208,6 +207,9 @@ pub enum ClientError {
     /// An own message is one that no server would take.
     #[error(transparent)]
     Unsent(wire::WireError),
+    /// The server speaks another version, or sends more than is taken.
+    #[error(transparent)]
+    Unread(wire::WireError),
     /// The server stayed away.
     #[error("the server could not be reached for {tries} tries: {cause}; check the address and that the server runs")]
     Unreachable {
@@ -237,8 +239,8 @@ pub struct Participant<'a> {
     pub hello: Hello,
     /// Frozen part.
     pub edge: &'a NanoEdge,
-    /// Own samples, encoded.
-    pub cache: &'a FeatureCache,
+    /// Own samples, encoded. Their pictures are put into the form that is agreed on, and stay so: each is in memory once.
+    pub cache: &'a mut FeatureCache,
     /// Where the adapters are trained (without autodiff).
     pub device: &'a Device,
     /// Tries to reach the server in a row before giving up.
@@ -247,14 +249,13 @@ pub struct Participant<'a> {
     pub keep_every: Duration,
 }
 
-/// Who takes part, and what was agreed with the server.
+/// Who takes part, and what was agreed with the server. The own samples have pictures as the server has them: both ends compute with
+/// the same features.
 struct Agreed<'a> {
     me: &'a Participant<'a>,
     settings: FederationSettings,
     agreement: Agreement,
     id: ParticipantId,
-    /// The own samples, with pictures as the server has them: both ends compute with the same features.
-    cache: Arc<FeatureCache>,
 }
 
 /// What a participant has done in this federation, while connections come and go.
@@ -266,8 +267,6 @@ struct Work {
     kept: Option<RoundSnapshot>,
     /// The newest judgement on the own test samples.
     local: Option<LocalEvaluation>,
-    /// The own samples in the form that was agreed on last.
-    cache: Option<(Format, Arc<FeatureCache>)>,
 }
 
 /// Take part until the federation is finished, the person leaves, or something cannot be mended.
@@ -350,7 +349,8 @@ async fn take_part<T: Transport, O: Observer, K: Clock, S: Keeper>(
     let (settings, hidden) = (&agreed.settings, agreed.me.edge.config.text.hidden);
     let like = AdapterState::zeros(settings.adapters, settings.rank, hidden);
     loop {
-        match link.next().await? {
+        let order = link.next(|| desk.now()).await?;
+        match order {
             ServerMessage::Round { round, adapter } => {
                 adapter.check_like(&like).map_err(|e| protocol(&e.to_string()))?;
                 work.hand_in_late(&agreed, round, link).await?;
@@ -405,17 +405,18 @@ async fn shake_hands<'m, T: Transport, O: Observer, K: Clock, S: Keeper>(
             if other || !resumed {
                 // Somebody new to this server, or new here: what was trained in memory belongs to another participation.
                 let kept = desk.kept(resumed).await;
-                let (local, cache) = (kept.as_ref().and_then(RoundSnapshot::local), work.cache.take());
-                *work = Work { round: None, local, kept, cache };
+                let local = kept.as_ref().and_then(RoundSnapshot::local);
+                *work = Work { round: None, local, kept };
                 link.forget();
             }
             link.count_download(std::mem::take(&mut me.hello.edge_bytes)); // told once
             me.hello.download = None;
             link.agree(agreement, rounding_seed(settings.seed, id));
-            let cache = work.features(me, &agreement)?;
+            let width = me.edge.config.text.hidden;
+            me.cache.convert(agreement.features, width).map_err(ClientError::Features)?;
             if other && resumed {
                 // A program that comes back: what the server lacks of its pictures it will ask for.
-                link.assume_sent(&cache);
+                link.assume_sent(me.cache);
             }
             link.observer.event(ClientEvent::Joined {
                 participant: id,
@@ -426,7 +427,7 @@ async fn shake_hands<'m, T: Transport, O: Observer, K: Clock, S: Keeper>(
             });
             link.observer.event(ClientEvent::Status(&status));
             me.hello.resume = Some(token);
-            Ok(Agreed { me, settings, agreement, id, cache })
+            Ok(Agreed { me, settings, agreement, id })
         }
         ServerMessage::Refused(fault) => Err(ClientError::Refused(fault).into()),
         ServerMessage::Closing(fault) => Err(Interruption::Lost(fault.to_string())),
@@ -443,18 +444,6 @@ fn check_offered(agreement: &Agreement, offer: &Offer) -> Result<(), Interruptio
 }
 
 impl Work {
-    /// The own samples in the form that was agreed on.
-    fn features(&mut self, me: &Participant<'_>, agreement: &Agreement) -> Result<Arc<FeatureCache>, ClientError> {
-        if let Some((format, cache)) = &self.cache
-            && *format == agreement.features
-        {
-            return Ok(Arc::clone(cache));
-        }
-        let cache = Arc::new(me.cache.in_format(agreement.features, me.edge.config.text.hidden)?);
-        self.cache = Some((agreement.features, Arc::clone(&cache)));
-        Ok(cache)
-    }
-
     /// The local round of this number: where it was, in memory or kept, or from its beginning.
     async fn open(
         &mut self,

@@ -14,11 +14,12 @@ use crate::wire::agreement::BoundaryMode;
 use crate::wire::convert::{SentShape, pack_hidden};
 use crate::wire::numbers::PictureKey;
 use crate::wire::{ClientMessage, FaultCode, ServerMessage, WireRequest};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-/// Bytes of features in one frame, far below [`MAX_FRAME`](crate::wire::MAX_FRAME); a larger picture has one of its own.
-const FEATURES_AT_ONCE: usize = 8 << 20;
+/// Bytes of features in one frame; a larger picture has one of its own. Few: the server hears of a frame when all of it is there, and
+/// whoever is silent for long is gone to it. At 100 kbit/s these take 84 s.
+const FEATURES_AT_ONCE: usize = 1 << 20;
 
 /// The boundary over a connection.
 pub(crate) struct Remote<'l, 'a, T, O> {
@@ -34,7 +35,16 @@ pub(super) struct Waiting {
     shape: Option<SentShape>,
     /// What the server may ask for.
     pictures: BTreeMap<PictureKey, Arc<PictureFeatures>>,
+    /// Features that went since it was sent: the server has put them into it, whether it had asked for them by then or not.
+    had: BTreeSet<PictureKey>,
     answer: Option<Result<Answer, BoundaryError>>,
+}
+
+impl Waiting {
+    /// Nothing is known of what it needs.
+    fn new(id: u64) -> Self {
+        Self { id, shape: None, pictures: BTreeMap::new(), had: BTreeSet::new(), answer: None }
+    }
 }
 
 #[allow(clippy::large_enum_variant)] // two at a time
@@ -139,7 +149,7 @@ impl<T: Transport, O: Observer> Remote<'_, '_, T, O> {
             };
             self.link.up = Some((up, rounding));
         }
-        self.link.requests.push_back(Waiting { id, shape: Some(shape), pictures, answer: None });
+        self.link.requests.push_back(Waiting { shape: Some(shape), pictures, ..Waiting::new(id) });
         Ok(id)
     }
 
@@ -160,6 +170,7 @@ impl<T: Transport, O: Observer> Remote<'_, '_, T, O> {
             let pictures = frame.iter().map(|picture| (picture.key, packed(picture))).collect();
             let message = ClientMessage::Features { round: self.round, pictures };
             self.link.send(&message).await.map_err(lost)?;
+            self.link.requests.iter_mut().for_each(|waiting| waiting.had.extend(&keys));
             self.link.lasting.sent.extend(keys);
         }
         Ok(())
@@ -196,6 +207,8 @@ impl<T: Transport, O: Observer> Remote<'_, '_, T, O> {
             ServerMessage::Generated { id, next } => self.put(id, |_| Ok(Answer::Generated(next))),
             ServerMessage::RequestRefused { id, fault } => self.put(id, |_| Err(refused(&fault))),
             ServerMessage::Missing { id, pictures } => self.send_again(id, &pictures).await?,
+            // The second answer to an update that went over two connections.
+            ServerMessage::UpdateAccepted { .. } | ServerMessage::UpdateRefused { .. } => {}
             order => {
                 let cause = format!("the server went on with {}", name(&order));
                 let goes_on = self.may_be_late(&order);
@@ -215,7 +228,7 @@ impl<T: Transport, O: Observer> Remote<'_, '_, T, O> {
         }
     }
 
-    /// The server lacks features that a request needs.
+    /// The server lacks features that a request needs. Those that another request has brought meanwhile need not go again.
     async fn send_again(&mut self, id: u64, keys: &[PictureKey]) -> Result<(), BoundaryError> {
         let Some(waiting) = self.link.requests.iter().find(|waiting| waiting.id == id) else { return Ok(()) };
         let mut pictures = Vec::new();
@@ -224,7 +237,9 @@ impl<T: Transport, O: Observer> Remote<'_, '_, T, O> {
                 let cause = "the server asks for a picture that the request does not have";
                 return Err(BoundaryError::Failed(format!("{cause}; reload the page or update the older program")));
             };
-            pictures.push(Arc::clone(picture));
+            if !waiting.had.contains(key) {
+                pictures.push(Arc::clone(picture));
+            }
         }
         self.send_features(pictures).await
     }
@@ -259,7 +274,7 @@ impl<T: Transport, O: Observer> Remote<'_, '_, T, O> {
         let hidden = hidden.map_err(|e| BoundaryError::Failed(e.to_string()))?;
         let message = ClientMessage::Generate { id, past, hidden, positions, sampling };
         self.link.send(&message).await.map_err(lost)?;
-        self.link.requests.push_back(Waiting { id, shape: None, pictures: BTreeMap::new(), answer: None });
+        self.link.requests.push_back(Waiting::new(id));
         self.answer_to(id).await
     }
 }

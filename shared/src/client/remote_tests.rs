@@ -9,12 +9,13 @@ use crate::plain::{AdapterState, TensorBlob};
 use crate::settings::{Overlap, Rounding};
 use crate::wire::agreement::Agreement;
 use crate::wire::numbers::{Coder, Packed};
-use crate::wire::{self, Fault, Matrices, WireGradient, WireInput, WireReply};
-use std::cell::RefCell;
+use crate::wire::{self, Fault, Matrices, Phase, Status, WireGradient, WireInput, WireReply};
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::pin::pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 /// Width.
 const D: usize = 4;
@@ -26,7 +27,7 @@ const P: usize = 2;
 #[derive(Default)]
 struct Script {
     sent: Vec<ClientMessage>,
-    answers: VecDeque<ServerMessage>,
+    answers: VecDeque<Vec<u8>>,
     bytes: u64,
 }
 
@@ -35,7 +36,7 @@ struct Played(Rc<RefCell<Script>>);
 
 impl Played {
     fn will_say(&self, messages: impl IntoIterator<Item = ServerMessage>) {
-        self.0.borrow_mut().answers.extend(messages);
+        self.0.borrow_mut().answers.extend(messages.into_iter().map(|message| wire::encode(&message)));
     }
 
     /// What has been sent since the last time, in words.
@@ -54,8 +55,7 @@ impl Transport for Played {
 
     async fn receive(&mut self) -> Result<Vec<u8>, TransportError> {
         let mut script = self.0.borrow_mut();
-        let Some(answer) = script.answers.pop_front() else { return Err(TransportError::Lost("silence".into())) };
-        let frame = wire::encode(&answer);
+        let Some(frame) = script.answers.pop_front() else { return Err(TransportError::Lost("silence".into())) };
         script.bytes += frame.len() as u64;
         Ok(frame)
     }
@@ -183,6 +183,97 @@ fn what_the_server_lacks_is_sent_again_while_the_request_waits() {
     run(remote.send(request(&both, &up(0.0)), &both, Place::ALONE)).unwrap();
     let fault = run(remote.reply()).unwrap_err();
     assert!(matches!(&fault, BoundaryError::Failed(words) if words.contains("does not have")), "{fault}");
+}
+
+#[test]
+fn what_two_requests_lack_is_sent_once() {
+    let (played, mut nobody) = (Played::default(), Nobody);
+    let mut link = link(&played, &mut nobody);
+    let (a, b, c) = (picture(1.0), picture(2.0), picture(3.0));
+    let (first, second) = (batch(&[&a, &b]), batch(&[&b, &c]));
+    let missing = |id, pictures: [&Arc<PictureFeatures>; 2]| ServerMessage::Missing {
+        id,
+        pictures: pictures.map(|picture| picture.key).to_vec(),
+    };
+    let mut remote = Remote::new(&mut link, 1, 0);
+    for batch in [&first, &second] {
+        run(remote.send(request(batch, &up(0.0)), batch, Place::ALONE)).unwrap();
+    }
+    // Both were said before anything came.
+    played.will_say([missing(1, [&a, &b]), missing(2, [&b, &c]), trained(1, 2, 1.0), trained(2, 2, 2.0)]);
+    assert_eq!([1, 2].map(|_| run(remote.reply()).unwrap().loss), [1.0, 2.0]);
+    let sent = ["features of 2 in round 1", "train 1, sent", "features of 1 in round 1", "train 2, same"];
+    assert_eq!(played.heard(), [&sent[..], &["features of 2 in round 1", "features of 1 in round 1"]].concat());
+    // What the server has dropped by the next request goes again.
+    run(remote.send(request(&first, &up(0.0)), &first, Place::ALONE)).unwrap();
+    played.will_say([missing(3, [&a, &b]), trained(3, 2, 3.0)]);
+    run(remote.reply()).unwrap();
+    assert_eq!(played.heard(), ["train 3, same", "features of 2 in round 1"]);
+}
+
+#[test]
+fn another_answer_to_an_update_cancels_nothing() {
+    let (played, mut nobody) = (Played::default(), Nobody);
+    let mut link = link(&played, &mut nobody);
+    let a = picture(1.0);
+    let one = batch(&[&a]);
+    let fault = Fault { code: FaultCode::StaleRound, cause: "c".into(), remedy: "r".into() };
+    let answers = [ServerMessage::UpdateRefused { round: 1, fault }, ServerMessage::UpdateAccepted { round: 1 }];
+    played.will_say(answers.into_iter().chain([trained(1, 1, 1.0)]));
+    let mut remote = Remote::new(&mut link, 2, 0);
+    run(remote.send(request(&one, &up(0.0)), &one, Place::ALONE)).unwrap();
+    assert_eq!(run(remote.reply()).unwrap().loss, 1.0);
+    assert!(link.order.is_none());
+}
+
+#[test]
+fn another_version_is_said_with_one_remedy() {
+    let (played, mut nobody) = (Played::default(), Nobody);
+    let mut frame = wire::encode(&trained(1, 1, 1.0));
+    frame[2] ^= 1;
+    played.0.borrow_mut().answers.push_back(frame);
+    let Err(Interruption::Failed(fault)) = run(link(&played, &mut nobody).receive()) else { panic!("it was read") };
+    let words = fault.to_string();
+    assert!(words.contains("protocol version") && words.matches("reload the page").count() == 1, "{words}");
+}
+
+/// Hears of bytes.
+#[derive(Default)]
+struct Told(Vec<u64>);
+
+impl Observer for Told {
+    fn event(&mut self, event: ClientEvent<'_>) {
+        if let ClientEvent::Traffic { rounds } = event {
+            self.0.push(Traffic::sum(rounds.values()).total());
+        }
+    }
+}
+
+#[test]
+fn bytes_are_told_while_there_is_nothing_to_do() {
+    let (played, mut told) = (Played::default(), Told::default());
+    let status = || {
+        ServerMessage::Status(Status {
+            federation: "f".into(),
+            phase: Phase::Lobby,
+            round: 0,
+            rounds: 1,
+            participants: Vec::new(),
+            history: Vec::new(),
+            min_participants: 2,
+        })
+    };
+    played.will_say([status(), status(), ServerMessage::Wait { round: 1, rounds_until: None }]);
+    let seconds = Cell::new(0);
+    let now = || {
+        seconds.set(seconds.get() + 2);
+        Duration::from_secs(seconds.get())
+    };
+    let mut link = Link::new(played, &mut told);
+    assert!(matches!(run(link.next(now)), Ok(ServerMessage::Wait { .. })));
+    drop(link);
+    let each = wire::encode(&status()).len() as u64;
+    assert_eq!(told.0, [0, each, 2 * each]);
 }
 
 #[test]

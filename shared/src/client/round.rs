@@ -68,10 +68,10 @@ pub(super) async fn judge<T: Transport, O: Observer>(
     adapters: &NanoAdapters,
     link: &mut Link<'_, T, O>,
 ) -> Result<Option<Evaluation>, Interruption> {
-    let Agreed { me, settings, cache, .. } = agreed;
+    let Agreed { me, settings, .. } = agreed;
     let mut boundary = Remote::new(link, state.round, settings.max_staleness);
-    let (rows, size) = (&state.plan.test, settings.batch_size);
-    let judged = step::evaluate(me.edge, Some(adapters), cache, rows, size, &mut boundary, me.device).await;
+    let (rows, size) = (&state.plan.test, at_once(settings)); // what training sends at once fits
+    let judged = step::evaluate(me.edge, Some(adapters), me.cache, rows, size, &mut boundary, me.device).await;
     settle(judged)
 }
 
@@ -100,7 +100,7 @@ pub(super) async fn train<T: Transport, O: Observer, K: Clock, S: Keeper>(
                 begun
             }
         };
-        if ahead && state.step + 1 < steps {
+        if ahead && now.all_sent() && state.step + 1 < steps {
             next = begin(agreed, state, state.step + 1, link).await?;
             if next.is_none() {
                 return Ok(false);
@@ -110,7 +110,6 @@ pub(super) async fn train<T: Transport, O: Observer, K: Clock, S: Keeper>(
             rate: settings.rate(round, state.step, steps),
             prox: start.as_ref().map(|start| (settings.prox_mu, start)),
             clip_norm: settings.clip_norm,
-            squares: state.wants_squares(settings, state.step),
         };
         let mut boundary = Remote::new(link, round, settings.max_staleness);
         let (adapters, optimizer) = (&mut state.adapters, &mut state.optimizer);
@@ -153,9 +152,9 @@ async fn begin<T: Transport, O: Observer>(
 
 /// Samples as batches of one request each.
 fn batches(agreed: &Agreed<'_>, rows: &[usize]) -> Result<Vec<Batch>, ClientError> {
-    let Agreed { me, settings, cache, .. } = agreed;
+    let Agreed { me, settings, .. } = agreed;
     let requests = rows.chunks(at_once(settings));
-    let batches = requests.map(|rows| me.edge.batch(cache, rows)).collect::<Result<Vec<Batch>, _>>();
+    let batches = requests.map(|rows| me.edge.batch(me.cache, rows)).collect::<Result<Vec<Batch>, _>>();
     batches.map_err(|e| ClientError::Step(e.to_string()))
 }
 
@@ -166,14 +165,14 @@ async fn fisher_pass<T: Transport, O: Observer, K: Clock, S: Keeper>(
     link: &mut Link<'_, T, O>,
     desk: &mut Desk<'_, K, S>,
 ) -> Result<bool, Interruption> {
-    let Agreed { me, settings, cache, .. } = agreed;
+    let Agreed { me, settings, .. } = agreed;
     let round = state.round;
     let all = state.plan.pass.len();
     let wanted = if settings.fisher_samples == 0 { all } else { settings.fisher_samples.min(all) };
     while state.fisher_done < wanted {
         let left = state.plan.pass.get(state.fisher_done..wanted).unwrap_or_default();
         let rows = left.chunks(at_once(settings).saturating_mul(FISHER_GROUP)).next().unwrap_or_default();
-        let (parts, samples) = (rows.chunks(at_once(settings)).map(|rows| me.edge.batch(cache, rows)), rows.len());
+        let (parts, samples) = (rows.chunks(at_once(settings)).map(|rows| me.edge.batch(me.cache, rows)), rows.len());
         let mut boundary = Remote::new(link, round, settings.max_staleness);
         let fisher = &mut state.fisher;
         let done = step::fisher_parts(&state.adapters, parts, &mut boundary, me.device, fisher).await;
@@ -259,7 +258,7 @@ struct LocalResult {
 impl LocalRound {
     /// From the beginning. Training starts from the federation's adapters `start`, or from `own` instead.
     pub(super) fn begin(agreed: &Agreed<'_>, round: u32, start: AdapterState, own: Option<&AdapterState>) -> Self {
-        let Agreed { me, settings, id, cache, .. } = agreed;
+        let Agreed { me, settings, id, .. } = agreed;
         let personal = round > settings.rounds;
         let epochs = if personal { settings.personal_epochs } else { settings.local_epochs };
         let steps = if personal { 0 } else { settings.local_steps as usize };
@@ -268,7 +267,7 @@ impl LocalRound {
             personal,
             adapters: NanoAdapters::from_state(own.unwrap_or(&start), me.device),
             optimizer: AdapterOptimizer::new(settings),
-            plan: Plan::draw(settings, *id, cache.samples.len(), round, epochs, steps),
+            plan: Plan::draw(settings, *id, me.cache.samples.len(), round, epochs, steps),
             step: 0,
             loss_sum: 0.0,
             fisher: start.zeros_like(),

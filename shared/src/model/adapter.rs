@@ -225,17 +225,19 @@ impl NanoAdapters {
         }
     }
 
-    /// `u = upT g` and `dL/d up`, which in mode `low-rank` the server works out.
+    /// `u = upT g` and, where `up` says so, `dL/d up`; in mode `low-rank` the server works them out.
     ///
     /// # Shapes
     /// - g: `[T, D]`; output: `[Tp, R]` and `[D, R]`
-    pub fn backward_hidden(&self, encoded: &Encoded, g: Tensor<2>) -> (Pair<Tensor<2>>, Pair<Tensor<2>>) {
-        let own = encoded.split(&g);
-        let (mut u, mut d_up) = (nothing(), nothing());
+    pub fn backward_hidden(&self, encoded: &Encoded, g: &Tensor<2>, up: bool) -> (Pair<Tensor<2>>, Pair<Tensor<2>>) {
+        let own = encoded.split(g);
+        let (mut u, mut d_up) = (Pair::default(), Pair::default());
         for (part, g) in own.iter() {
             let (Some(adapter), Some(own)) = (self.get(part), encoded.parts.get(part)) else { continue };
             *u.slot(part) = Some(g.clone().matmul(adapter.up.val().inner()));
-            *d_up.slot(part) = Some(g.clone().transpose().matmul(own.z.clone()));
+            if up {
+                *d_up.slot(part) = Some(g.clone().transpose().matmul(own.z.clone()));
+            }
         }
         (u, d_up)
     }
@@ -245,7 +247,7 @@ impl NanoAdapters {
     /// # Shapes
     /// - u: `[Tp, R]`; output: `[R, D]`
     pub fn backward(&self, encoded: &Encoded, u: Pair<Tensor<2>>) -> Pair<Tensor<2>> {
-        let mut d_down = nothing();
+        let mut d_down = Pair::default();
         for (part, d_a) in through_gelu(encoded, &u).iter() {
             let Some(own) = encoded.parts.get(part) else { continue };
             *d_down.slot(part) = Some(d_a.clone().transpose().matmul(own.x.clone()));
@@ -270,14 +272,9 @@ impl NanoAdapters {
     }
 }
 
-/// Of neither part.
-fn nothing<T>() -> Pair<T> {
-    Pair { image: None, text: None }
-}
-
 /// `dL/da = u * gelu'(a)`: `[Tp, R]` each.
 fn through_gelu(encoded: &Encoded, u: &Pair<Tensor<2>>) -> Pair<Tensor<2>> {
-    let mut d_a = nothing();
+    let mut d_a = Pair::default();
     for (part, u) in u.iter() {
         let Some(own) = encoded.parts.get(part) else { continue };
         *d_a.slot(part) = Some(u.clone() * gelu_derivative(own.a.clone()));
@@ -287,7 +284,7 @@ fn through_gelu(encoded: &Encoded, u: &Pair<Tensor<2>>) -> Pair<Tensor<2>> {
 
 /// `leftT right` of each row's positions: `[Tp, M]` and `[Tp, N]` to `[M, N]` each.
 fn of_rows(encoded: &Encoded, left: &Pair<Tensor<2>>, right: fn(&EncodedPart) -> &Tensor<2>) -> Pair<OfRows> {
-    let mut all = nothing();
+    let mut all = Pair::default();
     for (part, left) in left.iter() {
         let Some(own) = encoded.parts.get(part) else { continue };
         let (mut products, mut start) = (Vec::new(), 0);
@@ -410,7 +407,7 @@ mod tests {
             let state = adapters(choice);
             let module = NanoAdapters::from_state(&state, &device);
             let encoded = module.encode(&x, &positions);
-            let (u, d_up) = module.backward_hidden(&encoded, g.clone());
+            let (u, d_up) = module.backward_hidden(&encoded, &g, true);
             let d_down = module.backward(&encoded, u.clone());
 
             // h by masks over all positions, on burn's graph.

@@ -252,7 +252,7 @@ impl Llama {
     /// Logits of chosen positions only, in f32 for the loss.
     ///
     /// # Shapes
-    /// - hidden: `[T, D]`, of the weights' type; output: `[T, V]`
+    /// - hidden: `[targets, D]`, of the weights' type; output: `[targets, V]`
     pub fn logits(&self, hidden: Tensor<2>) -> Tensor<2> {
         self.lm_head.forward(hidden).cast(DType::F32)
     }

@@ -1,7 +1,7 @@
 //! The model's parts. Each is Config -> `init(&device)` -> Module -> `forward`.
 //!
 //! Letters in shape comments: B batch, S sequence, D width of the residual stream, H heads, E width of a head,
-//! P image tokens, N vision positions (CLS and patches), V vocabulary, R adapter rank, T target positions.
+//! P image tokens, N vision positions (CLS and patches), V vocabulary, R adapter rank, T packed positions of all rows.
 
 pub mod adapter;
 pub mod checkpoint;

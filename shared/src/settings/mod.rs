@@ -112,7 +112,8 @@ pub struct FederationSettings {
     pub code_format: Format,
     /// Number format of their gradients, downward.
     pub gradient_format: Format,
-    /// Number format of the `up` matrices and of their gradients (`low-rank`).
+    /// Number format of the `up` matrices, of their gradients and of these gradients' squares (`low-rank`); the squares go in `f16`
+    /// instead of `int8`.
     pub matrix_format: Format,
     /// How numbers are rounded to `f16` and `int8` in training; evaluations and questions always go to the nearest.
     pub rounding: Rounding,
@@ -172,7 +173,7 @@ impl Default for FederationSettings {
             feature_format: Format::Int8,
             code_format: Format::Int8,
             gradient_format: Format::Int8,
-            matrix_format: Format::F16,
+            matrix_format: Format::Int8,
             rounding: Rounding::Nearest,
             compress: false,
             overlap: Overlap::Parts,

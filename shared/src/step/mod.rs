@@ -128,15 +128,6 @@ pub struct StepRules<'a> {
     pub prox: Option<(f64, &'a NanoAdapters)>,
     /// Longest gradient over all adapter tensors together; 0: any.
     pub clip_norm: f64,
-    /// Give the squares of each sample's own gradients too.
-    pub squares: bool,
-}
-
-impl StepRules<'_> {
-    /// What the server must be asked for.
-    pub const fn want(&self) -> Want {
-        if self.squares { Want::Both } else { Want::Gradient }
-    }
 }
 
 /// What a step tells.
@@ -162,11 +153,11 @@ pub async fn train_step<B: LlmBoundary>(
     adapters: &mut NanoAdapters,
     optimizer: &mut AdapterOptimizer,
     rules: &StepRules<'_>,
-    parts: &[Batch],
+    (parts, want): (&[Batch], Want),
     boundary: &mut B,
     device: &Device,
 ) -> Result<StepReport, StepError> {
-    let begun = begin_step(adapters, parts, rules.want(), boundary, device).await?;
+    let begun = begin_step(adapters, parts, want, boundary, device).await?;
     finish_step(begun, adapters, optimizer, rules, boundary, device).await
 }
 
@@ -403,7 +394,7 @@ async fn make_request(
 async fn read_pair(pair: Pair<Tensor<2>>) -> Result<Pair<TensorBlob>, DeviceError> {
     let parts: Vec<Part> = pair.iter().map(|(part, _)| part).collect();
     let tensors = pair.iter().map(|(_, tensor)| tensor.clone()).collect();
-    let mut read = Pair { image: None, text: None };
+    let mut read = Pair::default();
     for (part, blob) in parts.into_iter().zip(read_all(tensors).await?) {
         *read.slot(part) = Some(blob);
     }
@@ -463,10 +454,8 @@ impl Begun {
                     let of_rows = self.adapters.backward_hidden_rows(encoded, &g);
                     of_rows.map(|part, rows| all.squares.add(part.up_name(), squares(rows, scales)));
                 }
-                let (u, d_up) = self.adapters.backward_hidden(encoded, g);
-                if self.want.gradient() {
-                    d_up.map(|part, d_up| all.gradients.add(part.up_name(), Some(d_up.mul_scalar(*share))));
-                }
+                let (u, d_up) = self.adapters.backward_hidden(encoded, &g, self.want.gradient());
+                d_up.map(|part, d_up| all.gradients.add(part.up_name(), Some(d_up.mul_scalar(*share))));
                 u
             }
             (Gradient::Codes(codes), BoundaryMode::LowRank) => {

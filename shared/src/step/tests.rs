@@ -53,7 +53,7 @@ fn sgd() -> AdapterOptimizer {
     AdapterOptimizer::new(&settings)
 }
 
-const RULES: StepRules<'static> = StepRules { rate: 0.5, prox: None, clip_norm: 0.0, squares: true };
+const RULES: StepRules<'static> = StepRules { rate: 0.5, prox: None, clip_norm: 0.0 };
 
 /// An "LLM" with `g = h / targets`, in either mode; what was asked and answered, in order.
 struct Toy {
@@ -179,7 +179,9 @@ fn close(got: &AdapterState, want: &AdapterState) {
 
 fn step(mode: BoundaryMode, window: usize, parts: &[Batch]) -> (AdapterState, StepReport, Vec<String>) {
     let (mut adapters, mut boundary) = (adapters(), Toy::new(mode, window));
-    let report = now(train_step(&mut adapters, &mut sgd(), &RULES, parts, &mut boundary, &Device::flex())).unwrap();
+    let report =
+        now(train_step(&mut adapters, &mut sgd(), &RULES, (parts, Want::Both), &mut boundary, &Device::flex()))
+            .unwrap();
     (now(adapters.to_state()).unwrap(), report, boundary.log)
 }
 
@@ -217,7 +219,7 @@ fn a_step_is_finished_with_the_gradient_that_it_was_begun_for() {
     for mode in BoundaryMode::ALL {
         let (after, _, _) = step(mode, 2, &parts);
         let mut boundary = Toy::new(mode, 2);
-        let begun = now(begin_step(&adapters(), &parts, RULES.want(), &mut boundary, &device)).unwrap();
+        let begun = now(begin_step(&adapters(), &parts, Want::Both, &mut boundary, &device)).unwrap();
         assert!(!begun.all_sent());
         // Meanwhile the adapters went on.
         let mut moved = adapters().with_values(|_, value| value.mul_scalar(2.0));
@@ -291,7 +293,7 @@ fn a_reply_that_does_not_fit_is_an_error() {
         let (mut adapters, mut boundary) = (adapters(), Faulty(Toy::new(mode, 1), change));
         let parts = [batch(&[4, 3], 11)];
         let (mut sgd, device) = (sgd(), Device::flex());
-        let done = train_step(&mut adapters, &mut sgd, &RULES, &parts, &mut boundary, &device);
+        let done = train_step(&mut adapters, &mut sgd, &RULES, (&parts, Want::Both), &mut boundary, &device);
         now(done).unwrap_err().to_string()
     };
     for (mode, change, word) in faults {

@@ -24,8 +24,8 @@ pub const MAX_VALUES: usize = 1 << 27;
 pub const MAX_MATRIX: usize = 1 << 24;
 /// Matrices `[D, R]` that a request takes: `up` of two adapters, their gradients, squares of these.
 const MATRICES: usize = 6;
-/// More than the head of any packed tensor.
-const HEAD: usize = 64;
+/// Deflate makes at most so many bytes of one: fewer bytes than that are no features.
+const MOST_INFLATED: u64 = 1032;
 
 /// Sizes of the model, as far as requests depend on them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -264,17 +264,24 @@ fn too_large(cause: String) -> Fault {
     Fault { code: FaultCode::Invalid, cause, remedy: "use a smaller batch_size, or set micro_batch".into() }
 }
 
-/// Check that features of a picture can be kept: their format and size; values are looked at when they are needed.
+/// Check that features of a picture can be kept: their format, and that they have the bytes of so many values; the values themselves
+/// are looked at when they are needed.
 ///
 /// # Errors
 /// A [`Fault`] for the client.
 pub fn check_features(packed: &Packed, agreement: &Agreement, shapes: Shapes) -> Result<(), Fault> {
     as_agreed(packed, "features", agreement.features, agreement).map_err(unusable)?;
-    let (bytes, values) = (packed.bytes.len(), shapes.image_positions.saturating_mul(shapes.dim));
-    if bytes > values.saturating_mul(4).saturating_add(HEAD) {
-        return Err(unusable(format!("the features of a picture have {bytes} bytes, for {values} values")));
+    let (rows, width, found) = (shapes.image_positions as u64, shapes.dim as u64, packed.bytes.len() as u64);
+    let plain = packed.format.bytes(rows, width);
+    // Deflated is only what gets smaller by it.
+    let fits = if packed.deflated { found < plain && found >= plain / MOST_INFLATED } else { found == plain };
+    if fits {
+        return Ok(());
     }
-    Ok(())
+    let (deflated, format) = (if packed.deflated { ", deflated" } else { "" }, packed.format);
+    Err(unusable(format!(
+        "the features of a picture have {found} bytes{deflated}; {rows} x {width} values in {format} have {plain}"
+    )))
 }
 
 /// Values of embeddings of a text to be gone on with, within what a server takes at once.
@@ -421,7 +428,7 @@ impl WireRequest {
 /// The matrices of the adapters that there are codes of; that of one without codes has nothing to do.
 fn matrices_of(codes: &Pair<TensorBlob>, last: Option<Arc<Pair<TensorBlob>>>) -> Result<Arc<Pair<TensorBlob>>, Fault> {
     match last {
-        _ if codes.is_empty() => Ok(Arc::new(Pair { image: None, text: None })),
+        _ if codes.is_empty() => Ok(Arc::default()),
         None => Err(Fault {
             code: FaultCode::OutOfOrder,
             cause: "a request goes on with matrices that were never sent over this connection".into(),

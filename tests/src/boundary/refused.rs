@@ -118,6 +118,13 @@ fn five() -> (u32, Pair<Packed>, Matrices) {
     (5, codes, Matrices::Sent(Pair { image: zeros(), text: zeros() }))
 }
 
+/// Two thousand rows of five ids, and nothing else.
+fn long() -> WireRequest {
+    let none = || Pair { image: None, text: None };
+    let rows = vec![WireRow { ids: vec![5, 6, 7, 8, 9], picture: None }; 2000];
+    request(2000, WireInput::Codes { rows, rank: 0, codes: none(), up: Matrices::Sent(none()) })
+}
+
 async fn short_requests() -> anyhow::Result<()> {
     let scene = Scene::open(&mixed(), settings(BoundaryChoice::LowRank)).await?;
     let mut hand = Hand::open(&scene.server.socket, offer(3)).await?;
@@ -158,6 +165,11 @@ async fn short_requests() -> anyhow::Result<()> {
         let fault = hand.train(request).await?.err().with_context(|| format!("{what} was computed"))?;
         named(what, &fault, &[word])?;
     }
+    // Ids are short, and anybody may ask: of more positions than are computed at once nothing is.
+    let fault = hand.train(long()).await?.err().context("10,000 positions were computed")?;
+    println!("too many positions: {fault}");
+    ensure!(fault.code == FaultCode::TooLarge && !fault.remedy.is_empty(), "{fault:?}");
+    ensure!(fault.cause.contains("10000 positions, a connection that only asks may send 8192"), "{fault}");
     // What is sound is computed, with matrices and then with the same.
     for request in [short(), same] {
         let reply = hand.train(request).await?.map_err(anyhow::Error::msg)?;

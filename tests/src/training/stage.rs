@@ -307,7 +307,7 @@ pub(super) async fn take_part<'a, S: Keeper>(
     let me = Participant {
         hello: introduction,
         edge: &bench.halves.edge,
-        cache: &bench.cache,
+        cache: &mut bench.cache.clone(),
         device: &bench.halves.device,
         max_tries: 1,
         keep_every: Duration::ZERO,

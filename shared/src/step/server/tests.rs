@@ -29,13 +29,14 @@ fn config() -> TextConfig {
 }
 
 /// Weights of a seed, in a type; norms stay 1.
-struct Seeded(ChaCha8Rng, DType);
+/// Random matrices, and norms with this weight.
+struct Seeded(ChaCha8Rng, DType, f32);
 
 impl ModuleMapper for Seeded {
     fn map_float<const N: usize>(&mut self, param: Param<Tensor<N>>) -> Param<Tensor<N>> {
         let shape = param.lazy_shape().to_vec();
         let deviation = (shape[0] as f32).powf(-0.5);
-        let mut value = || if N == 1 { 1.0 } else { deviation * standard_normal(&mut self.0) };
+        let mut value = || if N == 1 { self.2 } else { deviation * standard_normal(&mut self.0) };
         let data: Vec<f32> = (0..shape.iter().product()).map(|_: usize| value()).collect();
         let device = param.lazy_device();
         let values = Tensor::from_data(TensorData::new(data, shape), (&device, self.1));
@@ -43,13 +44,17 @@ impl ModuleMapper for Seeded {
     }
 }
 
-fn llama(dtype: DType) -> Llama {
+fn llama(dtype: DType, norm: f32) -> Llama {
     let device = Device::flex().autodiff();
-    Llama::init(&config(), &device).map(&mut Seeded(ChaCha8Rng::seed_from_u64(3), dtype))
+    Llama::init(&config(), &device).map(&mut Seeded(ChaCha8Rng::seed_from_u64(3), dtype, norm))
+}
+
+fn llm_with(dtype: DType, norm: f32) -> FrozenLlm {
+    FrozenLlm::new(llama(dtype, norm), &config(), &Device::flex().autodiff())
 }
 
 fn llm() -> FrozenLlm {
-    FrozenLlm::new(llama(DType::F32), &config(), &Device::flex().autodiff())
+    llm_with(DType::F32, 1.0)
 }
 
 /// On the CPU nothing is ever awaited for long.
@@ -211,7 +216,7 @@ fn packed_rows_equal_each_row_alone() {
 
 #[test]
 fn a_packed_layout_gives_the_states_of_each_row() {
-    let (llama, device) = (llama(DType::F32), Device::flex().autodiff());
+    let (llama, device) = (llama(DType::F32, 1.0), Device::flex().autodiff());
     let lengths = [4, 1, 6];
     let h = random(&[11, DIM], 5);
     let tensor = |data: &[f32]| {
@@ -360,14 +365,21 @@ fn a_request_without_targets_asks_nothing() {
 
 #[test]
 fn half_precision_loses_no_gradient() {
-    let half = FrozenLlm::new(llama(DType::F16), &config(), &Device::flex().autodiff());
-    let request = codes(40, Want::Gradient);
-    let (found, expected) = (train(&half, &request), train(&llm(), &request));
+    // Small norms and large features, so that gradients are less than half of the least f16, 6e-8.
+    let [half, whole] = [DType::F16, DType::F32].map(|dtype| llm_with(dtype, 2f32.powi(-12)));
+    let mut request = codes(40, Want::Gradient);
+    let Input::Codes(input) = &mut request.input else { panic!("the request is whole") };
+    Arc::make_mut(&mut input.x).data.iter_mut().for_each(|value| *value *= 8192.0);
+    let (found, expected) = (train(&half, &request), train(&whole, &request));
     close("loss", &[found.loss], &[expected.loss], 0.01);
     let (found, expected) = (short_gradient(&found), short_gradient(&expected));
+    let largest = |blob: &TensorBlob| blob.data.iter().fold(0f32, |most, value| most.max(value.abs()));
+    let lifted = |blob: &TensorBlob| blob.data.iter().map(|value| value * 2f32.powi(24)).collect::<Vec<_>>();
     for (part, up) in expected.up.iter() {
-        close(part.up_name(), &found.up.get(part).unwrap().data, &up.data, 0.05);
-        close(part.name(), &found.codes.get(part).unwrap().data, &expected.codes.get(part).unwrap().data, 0.05);
+        let codes = expected.codes.get(part).unwrap();
+        assert!(largest(codes) < 3e-8 && largest(codes) > 0.0, "{}", largest(codes));
+        close(part.up_name(), &lifted(found.up.get(part).unwrap()), &lifted(up), 0.05);
+        close(part.name(), &lifted(found.codes.get(part).unwrap()), &lifted(codes), 0.05);
     }
 }
 

@@ -290,7 +290,38 @@ fn features_are_measured_before_they_are_kept() {
     let cause = |packed: &Packed| check_features(packed, &agreement, SHAPES).unwrap_err().cause;
     assert!(cause(&picture(Format::F32, 1).packed).contains("comes in f32, agreed was f16"));
     assert!(cause(&Packed { deflated: true, ..sound.clone() }).contains("not agreed"));
-    assert!(cause(&Packed { bytes: vec![0; IMAGE * DIM * 4 + 65], ..sound }).contains("113 bytes, for 12 values"));
+    let plain = sound.bytes.len();
+    assert_eq!(plain, 1 + 2 * IMAGE * DIM);
+    // Neither more nor less: what is too small would be kept, and fail each request that names it.
+    for bytes in [0, plain - 1, plain + 1, IMAGE * DIM * 4] {
+        let words = cause(&Packed { bytes: vec![0; bytes], ..sound.clone() });
+        assert!(words.contains(&format!("have {bytes} bytes; 2 x 6 values in f16 have 25")), "{words}");
+    }
+    for format in Format::ALL {
+        check_features(&picture(format, 2).packed, &low_rank(format), SHAPES).unwrap();
+    }
+}
+
+#[test]
+fn deflated_features_are_measured_too() {
+    let shapes = Shapes { dim: 64, image_positions: 64 };
+    for format in Format::ALL {
+        let agreement = Agreement { deflate: true, ..low_rank(format) };
+        let check = |bytes: usize| {
+            check_features(&Packed { format, deflated: true, bytes: vec![0; bytes] }, &agreement, shapes)
+        };
+        let plain = format.bytes(64, 64) as usize;
+        for bytes in [plain - 1, plain / 2, plain / 1032] {
+            assert_eq!(check(bytes), Ok(()), "{format}, {bytes}");
+        }
+        for bytes in [0, plain / 1032 - 1, plain, plain + 1] {
+            assert!(check(bytes).unwrap_err().cause.contains("deflated"), "{format}, {bytes}");
+        }
+        // What shrinks as far as anything does is taken.
+        let zeros = Coder { format, deflate: true, ..Coder::EXACT }.pack("features", &[0.0; 64 * 64], 64).unwrap();
+        assert!(zeros.deflated);
+        check_features(&zeros, &agreement, shapes).unwrap();
+    }
 }
 
 #[test]
